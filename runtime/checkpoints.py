@@ -1,0 +1,109 @@
+"""Checkpoints: safetensors with JSON metadata. No pickle is ever read or written."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from runtime.errors import UserError
+from runtime.files import atomic_path
+from runtime.identity import Identity, revision
+
+_KEY = "priorhole"  # safetensors metadata is a flat map of strings; ours is one JSON document under this key
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Content digest of named tensors: names, shapes, types and bytes."""
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        state.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        state.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return state.hexdigest()
+
+
+def save(path: Path, tensors: dict[str, Tensor], identity: Identity, **metadata: Any) -> None:
+    """Write a checkpoint atomically.
+
+    Args:
+        path: where to. Its folder is made.
+        tensors: contents, any shapes and devices.
+        identity: what the contents were made from; a later :func:`load` checks it.
+        metadata: further JSON values to keep (step, losses, seconds, …).
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    document = metadata | {
+        "experiment": identity.experiment,
+        "seed": identity.seed,
+        "config": identity.config,
+        "source": identity.source,
+        "digest": digest(tensors),
+        "revision": revision(),
+    }
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={_KEY: json.dumps(document)})
+        except SafetensorError as error:  # it carries no errno, only the operating system's text
+            raise OSError(str(error)) from error
+
+
+def load(path: Path, made_by: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint and verify its content digest.
+
+    Args:
+        path: the file.
+        made_by: the command that makes it, for the error message.
+
+    Returns:
+        The tensors, and the metadata document (keys of :func:`save`).
+
+    Raises:
+        UserError: missing, truncated, corrupt, or not written by priorhole.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing; make it with: {made_by}")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            document = json.loads((handle.metadata() or {})[_KEY])
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is corrupt or not a priorhole file; delete it and run: {made_by}") from error
+    if digest(tensors) != document["digest"]:
+        raise UserError(f"{path} is corrupt (its contents do not match its digest); delete it and run: {made_by}")
+    return tensors, document
+
+
+def load_verified(path: Path, identity: Identity, made_by: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """:func:`load`, and refuse a checkpoint of another configuration with the key that differs (UserError)."""
+    tensors, document = load(path, made_by)
+    difference = identity.difference(document["config"])
+    if difference is not None:
+        raise UserError(f"{path} belongs to another configuration ({difference}); make it anew with: {made_by}")
+    return tensors, document
+
+
+def load_current(path: Path, identity: Identity) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What ``path`` holds if it was made from this very identity, code included; None if it is absent, broken or stale."""
+    if not path.exists():
+        return None
+    try:
+        tensors, document = load_verified(path, identity, made_by="")
+    except UserError:
+        return None
+    return (tensors, document) if document["source"] == identity.source else None
+
+
+def restore(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load tensors into a module, strictly. Raises UserError if names or shapes do not match."""
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from error

@@ -1,0 +1,63 @@
+"""Files that are whole or absent: temporary name, fsync, rename."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from runtime.errors import UserError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is fsynced and renamed over ``path``.
+
+    Raises:
+        UserError: the disk is full or not writable. ``path`` keeps what it held before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        # safetensors wraps the errno of a failed write in its own message, hence the look at the text.
+        if error.errno in _FULL or "No space left" in str(error):
+            raise UserError(f"{path}: no space left on the device; free some and run the same command again") from error
+        if error.errno in _REFUSED:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); check its permissions") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` atomically (UTF-8). Raises UserError as :func:`atomic_path` does."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def exclusive(folder: Path, name: str) -> Iterator[None]:
+    """Hold the lock ``name`` in ``folder``, so that no two processes write the same output.
+
+    Raises:
+        UserError: another process holds it (a run that is still going, perhaps one whose parent was killed).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{name.replace('/', '+')}.lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout as error:
+        raise UserError(
+            f"{name} is being written by another process; wait for it, or stop it, and run again"
+        ) from error

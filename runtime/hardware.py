@@ -1,0 +1,42 @@
+"""What the machine can do: device, threads, and the precision that pays on it."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "auto"]
+
+
+def device() -> torch.device:
+    """The first CUDA device where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name() -> str:
+    """The device as written in ``results.csv``: ``cpu`` or the GPU's name."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+@cache
+def gains_from_bf16(kind: str) -> bool:
+    """Whether bf16 matrix products are faster than fp32 on this device type: GPUs with bf16 units, CPUs with AMX."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
+
+
+def autocast(precision: Precision, kind: str) -> AbstractContextManager:
+    """bf16 autocast where ``precision`` is ``auto`` and the hardware gains from it; otherwise nothing."""
+    if precision == "auto" and gains_from_bf16(kind):
+        return torch.autocast(kind, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def reproducible(threads: int) -> None:
+    """Fix the thread count and forbid nondeterministic kernels: bitwise repeatability on a CPU needs both."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())

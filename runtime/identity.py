@@ -1,0 +1,99 @@
+"""What a stored result was made from: its configuration, its inputs and the source code that made it."""
+
+import ast
+import hashlib
+import importlib.util
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = ("runtime", "datasets", "models", "priors", "metrics", "pipelines")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The fingerprint of one stored file.
+
+    Attributes:
+        experiment: name of the experiment in params.yaml.
+        seed: the seed that the file belongs to.
+        config: everything that determines the content, as plain JSON values. Inputs that are files themselves (a frozen
+            VAE's weights, a data set) enter by their content digest.
+        source: digest of the code that makes it (see :func:`source_digest`).
+    """
+
+    experiment: str
+    seed: int
+    config: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    def difference(self, stored: dict[str, Any]) -> str | None:
+        """The first key, dotted, whose value differs from a stored file's ``config``; None if they agree."""
+        mine, theirs = _flat(self.config), _flat(stored)
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key) != theirs.get(key):
+                return f"{key} is {theirs.get(key, 'absent')} there and {mine.get(key, 'absent')} here"
+        return None
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(tree, dict):
+        return {k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): json.dumps(tree)}
+
+
+def source_digest(*modules: str) -> str:
+    """Digest of the given modules and of every module of this project that they import, directly or not.
+
+    Comments, docstrings and layout do not enter: only a change that can change a number makes a stored result stale.
+    """
+    seen: dict[str, str] = {}
+    pending = list(modules)
+    while pending:
+        name = pending.pop()
+        if name not in seen:
+            seen[name], imported = _module_digest(name)
+            pending.extend(imported)
+    return hashlib.blake2b(json.dumps(seen, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+@cache
+def _module_digest(name: str) -> tuple[str, tuple[str, ...]]:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(name)
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and _is_docstring(body[0]):
+            del body[0]
+    return hashlib.blake2b(ast.dump(tree).encode(), digest_size=8).hexdigest(), tuple(_imports(tree))
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        yield from (name for name in names if name.split(".")[0] in FLOORS)
+
+
+@cache
+def revision() -> str:
+    """The git revision of this checkout, ``-dirty`` if tracked files differ from it; ``unversioned`` without git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno", *FLOORS], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unversioned"
+    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")

@@ -1,0 +1,36 @@
+"""Progress of long work, from whichever process does it to the one that shows it.
+
+A worker writes a small JSON file per task; the driver reads them. Workers may be processes of this machine or tasks of a
+cluster that shares the file system, and need no channel back.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+Report = Callable[[int, int, str], None]
+"""Called as report(done, total, note), as often as one likes."""
+
+
+def silent(done: int, total: int, note: str) -> None:
+    """A report that goes nowhere."""
+
+
+def to_file(path: Path, every: float = 1.0) -> Report:
+    """A report that writes ``path``, at most once in ``every`` seconds and always at the end."""
+    last = 0.0
+    started = time.time()
+
+    def report(done: int, total: int, note: str) -> None:
+        nonlocal last
+        now = time.time()
+        if now - last >= every or done == total:
+            last = now
+            temporary = path.with_suffix(f".{os.getpid()}")
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({"done": done, "total": total, "note": note, "seconds": now - started}))
+            temporary.replace(path)
+
+    return report

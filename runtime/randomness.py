@@ -1,0 +1,72 @@
+"""Randomness without global state: every draw is a pure function of (seed, purpose, group, step, row).
+
+Nothing here, and nothing that uses it, reads or moves torch's global generators. Results therefore do not depend on how
+the work was sharded over processes, split into batches, or interrupted and resumed.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+
+def generator(seed: int, purpose: str, group: int = 0, step: int = 0, device: torch.device | str = "cpu") -> Generator:
+    """A fresh generator whose stream depends on the four named parts alone."""
+    digest = hashlib.blake2b(f"{seed}|{purpose}|{group}|{step}".encode(), digest_size=8).digest()
+    result = Generator(device)
+    result.manual_seed(int.from_bytes(digest, "little") >> 1)
+    return result
+
+
+class Noise:
+    """A source of standard noise for distributions over a batch of rows.
+
+    With ``rows``, row i's numbers come from a stream of its own, so that an image gets the same noise whatever batch it
+    travels in. Without, one stream serves the whole batch (cheaper: right for training, where the batch is part of the
+    protocol). Successive calls continue the streams.
+
+    Args:
+        seed, purpose, group, step: the parts that name the stream (see :func:`generator`).
+        rows: index of each row of the batch, or None for one stream.
+        repeats: the batch holds each row this many times, repeat-major: (repeats x rows, ...).
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        purpose: str,
+        group: int = 0,
+        step: int = 0,
+        rows: Sequence[int] | None = None,
+        repeats: int = 1,
+        device: torch.device | str = "cpu",
+    ):
+        self.device = device
+        self.repeats = repeats
+        names = [purpose] if rows is None else [f"{purpose}|row{row}" for row in rows]
+        self._by_row = rows is not None
+        self._generators = [generator(seed, name, group, step, device) for name in names]
+
+    def normal(self, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:
+        """Standard normal numbers, float32, shape (*lead, *batch); ``batch[0]`` counts the rows."""
+        return self._draw(torch.randn, lead, batch)
+
+    def uniform(self, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:
+        """Uniform numbers in [0, 1), float32, shape (*lead, *batch); ``batch[0]`` counts the rows."""
+        return self._draw(torch.rand, lead, batch)
+
+    def gumbel(self, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:
+        """Standard Gumbel numbers, float32, shape (*lead, *batch); ``batch[0]`` counts the rows."""
+        uniform = self.uniform(lead, batch).clamp(torch.finfo(torch.float32).tiny, 1 - 2**-24)
+        return -torch.log(-torch.log(uniform))
+
+    def _draw(self, kind, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:
+        if not self._by_row:
+            return kind((*lead, *batch), generator=self._generators[0], device=self.device)
+        count, event = batch[0] // self.repeats, batch[1:]
+        if count != len(self._generators):
+            raise ValueError(f"noise for {len(self._generators)} rows was asked for {count}")
+        shape = (*lead, self.repeats, *event)
+        per_row = [kind(shape, generator=stream, device=self.device) for stream in self._generators]
+        return torch.stack(per_row, dim=len(lead) + 1).reshape(*lead, *batch)
