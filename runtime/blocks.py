@@ -28,7 +28,8 @@ def in_blocks(
         identity: what the rows are made from.
         total: number of rows.
         block: rows per call of ``compute``.
-        compute: maps a range of rows to named tensors whose first dimension is the rows. It must not depend on the split.
+        compute: maps a range of rows to named tensors whose first dimension is the rows;
+            it must not depend on the split.
         report: told of the progress.
 
     Returns:

@@ -91,7 +91,7 @@ def load_verified(path: Path, identity: Identity, made_by: str) -> tuple[dict[st
 
 
 def load_current(path: Path, identity: Identity) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """What ``path`` holds if it was made from this very identity, code included; None if it is absent, broken or stale."""
+    """What ``path`` holds if it was made from this very identity, code included; None if absent, broken or stale."""
     if not path.exists():
         return None
     try:

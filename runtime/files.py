@@ -58,6 +58,4 @@ def exclusive(folder: Path, name: str) -> Iterator[None]:
         with lock:
             yield
     except Timeout as error:
-        raise UserError(
-            f"{name} is being written by another process; wait for it, or stop it, and run again"
-        ) from error
+        raise UserError(f"{name} is being written by another process; wait for it or stop it") from error

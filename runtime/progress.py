@@ -1,7 +1,7 @@
 """Progress of long work, from whichever process does it to the one that shows it.
 
-A worker writes a small JSON file per task; the driver reads them. Workers may be processes of this machine or tasks of a
-cluster that shares the file system, and need no channel back.
+A worker writes a small JSON file per task; the driver reads them. Workers may be processes of this machine or tasks of
+a cluster that shares the file system, and need no channel back.
 """
 
 import json

@@ -5,7 +5,8 @@ the work was sharded over processes, split into batches, or interrupted and resu
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Generator, Tensor
@@ -17,6 +18,17 @@ def generator(seed: int, purpose: str, group: int = 0, step: int = 0, device: to
     result = Generator(device)
     result.manual_seed(int.from_bytes(digest, "little") >> 1)
     return result
+
+
+@contextmanager
+def initialising(seed: int, purpose: str, group: int = 0) -> Iterator[None]:
+    """Let modules made in this block draw their initial weights from a stream of their own.
+
+    torch's initialisers know only the global generator, so it is set here and put back afterwards.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, purpose, group).initial_seed())
+        yield
 
 
 class Noise:

@@ -1,8 +1,8 @@
 """Importing torchvision beside a CPU build of torch.
 
 torchvision's wheels on PyPI are linked against CUDA. Beside a CPU torch their compiled operators do not load, and
-``import torchvision`` stops at the Python-side registrations of ``nms`` and ``qnms``. Nothing here uses either operator,
-so declaring their schemas is enough. A torchvision that loads is left alone.
+``import torchvision`` stops at the Python-side registrations of ``nms`` and ``qnms``. Nothing here uses either
+operator, so declaring their schemas is enough. A torchvision that loads is left alone.
 """
 
 import sys

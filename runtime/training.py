@@ -1,7 +1,7 @@
 """One training loop for everything that is trained by gradient descent: VAEs, learned priors, feature networks.
 
-It trains several *trainees* side by side from shared batches (the classifiers of all latent groups, say), each with its own
-optimiser, checkpoint and position, so that any subset of them can be resumed from wherever it was.
+It trains several *trainees* side by side from shared batches (the classifiers of all latent groups, say), each with its
+own optimiser, checkpoint and position, so that any subset of them can be resumed from wherever it was.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime import checkpoints
+from runtime.errors import UserError
 from runtime.identity import Identity
 from runtime.progress import Report, silent
 
@@ -25,7 +26,7 @@ Terms = dict[str, Tensor]
 """Named loss terms, scalars. The loss is their sum."""
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLossError(UserError):
     """A loss term became NaN or infinite; the message names it, the step, and what usually helps."""
 
 
@@ -114,13 +115,13 @@ class Trainee:
         checkpoints.save(self.path, self.module.state_dict(), self.identity, **progress, **metadata)
         self.rolling.unlink(missing_ok=True)
 
-    def update(self, terms: Terms, seconds: float, steps: int) -> float:
-        """One optimiser step on the sum of the terms. Raises NonFiniteLoss. Returns the loss."""
+    def update(self, terms: Terms, steps: int) -> float:
+        """One optimiser step on the sum of the terms. Raises NonFiniteLossError. Returns the loss."""
         loss = torch.stack([term.float() for term in terms.values()]).sum()
         value = loss.item()
         if not math.isfinite(value):
             broken = ", ".join(name for name, term in terms.items() if not torch.isfinite(term)) or "the sum"
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 f"{self.name}: the loss term {broken} is not finite at step {self.step}; "
                 "lower the learning rate or the gradient clip in params.yaml"
             )
@@ -135,7 +136,6 @@ class Trainee:
         if self.step % max(1, steps // HISTORY_POINTS) == 0:
             self.history.append([self.step, value])
         self.step += 1
-        self.seconds += seconds
         return value
 
     @torch.no_grad()
@@ -178,7 +178,7 @@ def train(
         report: told of the progress.
 
     Raises:
-        NonFiniteLoss: naming the term that broke.
+        NonFiniteLossError: naming the term that broke.
         UserError: a checkpoint could not be written.
     """
     for trainee in trainees:
@@ -193,8 +193,8 @@ def train(
         values = []
         for trainee, own in zip(active, terms, strict=True):
             before = time.monotonic()
-            values.append(trainee.update(own, shared, steps))
-            trainee.seconds += time.monotonic() - before
+            values.append(trainee.update(own, steps))
+            trainee.seconds += shared + time.monotonic() - before
         report(step + 1, steps, f"loss {sum(values) / len(values):.4f}")
         if time.monotonic() - saved > SAVE_SECONDS:
             for trainee in active:

@@ -1,0 +1,202 @@
+"""Importance-weighted likelihoods of a VAE under several priors at once, on the same posterior samples.
+
+    log p(x) ≥ E log (1/S) Σ_s p(x | z_s) Π_k p_prior(z_k | c_k) / q(z_k | c_k, x)      (Burda et al. 2016)
+
+A corrected prior base·r/Z needs Z_k(c_k), and the log of a Monte-Carlo mean is biased low, which flatters the prior. Hence
+two numbers for it:
+
+- *plug-in*: log Ẑ_k from N base samples per context. Optimistic, since E log Ẑ ≤ log Z; its curve over N shows by how much.
+- *sampler*: the density of what SIR with M proposals really draws, estimated without bias by
+  base(z) r(z) / ((1/M) (r(z) + Σ_{j≥2} r(z_j))), z_j ~ base (Lawson et al. 2019). A product of unbiased estimates inside the
+  log leaves a rigorous lower bound.
+
+Both tend to the energy-based prior's value as N and M grow.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from models.protocol import HierarchicalVAE, LearnedPrior, descend
+from runtime.options import Options
+from runtime.randomness import Noise
+
+PROPOSALS_AT_ONCE = 100
+POOL = 2**20
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class LikelihoodOptions(Options):
+    """``samples``: S, importance samples per example. ``normaliser``: the numbers N of base samples per context at which the
+    plug-in is read off. ``proposals``: the numbers M of SIR proposals at which the sampler bound is read off."""
+
+    samples: Count
+    normaliser: list[Count]
+    proposals: list[Count]
+
+
+@dataclass
+class Pool:
+    """log r of base samples of a group whose context is the same for every example: the first group.
+
+    Blocks of the pool stand in for fresh samples, so that normalisers of any size cost nothing more.
+    """
+
+    log_r: Tensor  # (POOL,)
+
+    def log_sums(self, count: int, rows: Sequence[int], repeats: int) -> Tensor:
+        """log Σ r over a block of ``count`` samples, for every (repeat, row): shape (repeats x rows,), repeat-major."""
+        blocks = len(self.log_r) // count
+        sums = self.log_r[: blocks * count].view(blocks, count).logsumexp(1)
+        position = torch.tensor(rows)[None] * repeats + torch.arange(repeats)[:, None]
+        return sums[(position % blocks).flatten().to(sums.device)]
+
+    @property
+    def log_z(self) -> tuple[float, float]:
+        """log Ẑ from the whole pool, and its standard error (delta method), nats."""
+        log_sum, log_sum_squares = self.log_r.double().logsumexp(0), (2 * self.log_r.double()).logsumexp(0)
+        inverse_ess = (log_sum_squares - 2 * log_sum).exp().item()
+        value = log_sum.item() - math.log(len(self.log_r))
+        return value, math.sqrt(max(0.0, inverse_ess - 1 / len(self.log_r)))
+
+
+@torch.no_grad()
+def fill_pool(model: HierarchicalVAE, prior: LearnedPrior, seed: int, size: int = POOL) -> Pool:
+    """Score ``size`` base samples of the first group."""
+    context = model.start(1)
+    noise, base = Noise(seed, "pool", device=context.device), prior.base(0, context)
+    chunk = 2**14
+    scores = [prior.log_ratio(0, base.draw(noise, (min(chunk, size - first),)), context) for first in range(0, size, chunk)]
+    return Pool(torch.cat(scores).flatten().float())
+
+
+def _marks(options: LikelihoodOptions) -> list[int]:
+    """The counts at which log Σ r is needed: N for the plug-in, M − 1 for the sampler bound (z itself is the M-th)."""
+    return sorted({*options.normaliser, *(m - 1 for m in options.proposals if m > 1)})
+
+
+def _fresh_log_sums(prior: LearnedPrior, k: int, context: Tensor, noise: Noise, marks: Sequence[int]) -> dict[int, Tensor]:
+    """log Σ r over the first n of a stream of base samples, in every context: n -> (batch,), in constant memory."""
+    base, running, found, done = prior.base(k, context), context.new_full((len(context),), -math.inf), {}, 0
+    for mark in marks:
+        while done < mark:
+            count = min(PROPOSALS_AT_ONCE, mark - done)
+            log_r = prior.log_ratio(k, base.draw(noise, (count,)), context).float()
+            running = torch.logaddexp(running, log_r.logsumexp(0))
+            done += count
+        found[mark] = running
+    return found
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: HierarchicalVAE,
+    priors: Mapping[str, LearnedPrior],
+    pools: Mapping[str, Pool],
+    x: Tensor,
+    rows: Sequence[int],
+    seed: int,
+    options: LikelihoodOptions,
+) -> dict[str, Tensor]:
+    """Log-likelihood of each example under each prior, all from the same posterior samples.
+
+    Args:
+        model: the VAE, frozen, in eval mode.
+        priors: by name.
+        pools: of the priors that are not exact (:func:`fill_pool`).
+        x: (rows, *data shape).
+        rows: index of each example; it names the example's draws, so that the split into batches does not matter.
+        seed: names the draws too.
+        options: sample counts.
+
+    Returns:
+        Tensors (rows,), nats: ``NAME`` for an exact prior; for a corrected one ``NAME/plugin/N``, ``NAME/sampler/M``, and
+        ``NAME/log-z/k00`` … (mean over the example's posterior samples of log Ẑ_k at the largest N).
+    """
+    device, S, marks = x.device, options.samples, _marks(options)
+    features = [feature.repeat(S, *[1] * (feature.dim() - 1)) for feature in model.encode(x)]
+    log_q = x.new_zeros(S * len(x))
+    log_base = {name: torch.zeros_like(log_q) for name in priors}
+    log_norm: dict[str, Tensor] = {}
+    log_z: dict[str, Tensor] = {}
+
+    def stream(purpose: str, k: int) -> Noise:
+        return Noise(seed, f"likelihood-{purpose}", k, rows=rows, repeats=S, device=device)
+
+    def choose(k: int, context: Tensor) -> Tensor:
+        nonlocal log_q
+        posterior = model.posterior(k, context, features)
+        z = posterior.draw(stream("posterior", k))
+        log_q = log_q + posterior.log_prob(z)
+        for name, prior in priors.items():
+            log_base[name] += prior.base(k, context).log_prob(z)
+            if not prior.exact:
+                log_r = prior.log_ratio(k, z, context).float()
+                log_base[name] += log_r
+                sums = (
+                    {mark: pools[name].log_sums(mark, rows, S) for mark in marks}
+                    if k == 0
+                    else _fresh_log_sums(prior, k, context, stream(f"normaliser-{name}", k), marks)
+                )
+                _add_normalisers(name, sums, log_r, options, log_norm)
+                largest = max(options.normaliser)
+                log_z[f"{name}/log-z/k{k:02d}"] = (sums[largest] - math.log(largest)).view(S, -1).mean(0)
+        return z
+
+    decoded = model.decode(descend(model, S * len(x), choose))
+    log_weight = decoded.log_prob(x.repeat(S, *[1] * (x.dim() - 1))) - log_q
+
+    def importance_weighted(log_prior: Tensor) -> Tensor:
+        return (log_weight + log_prior).view(S, -1).logsumexp(0) - math.log(S)
+
+    exact = {name: importance_weighted(log_base[name]) for name, prior in priors.items() if prior.exact}
+    corrected = {key: importance_weighted(log_base[key.split("/")[0]] - norm) for key, norm in log_norm.items()}
+    return exact | corrected | log_z
+
+
+def _add_normalisers(
+    name: str, sums: Mapping[int, Tensor], log_r: Tensor, options: LikelihoodOptions, log_norm: dict[str, Tensor]
+) -> None:
+    """Add this group's log normalisers to the running sums over groups, one for each N and each M."""
+    terms = {f"{name}/plugin/{n}": sums[n] - math.log(n) for n in options.normaliser}
+    for m in options.proposals:
+        total = torch.logaddexp(log_r, sums[m - 1]) if m > 1 else log_r
+        terms[f"{name}/sampler/{m}"] = total - math.log(m)
+    for key, term in terms.items():
+        log_norm[key] = log_norm.get(key, 0) + term
+
+
+@torch.no_grad()
+def contrastive_losses(
+    model: HierarchicalVAE, prior: LearnedPrior, x: Tensor, rows: Sequence[int], seed: int
+) -> list[Tensor]:
+    """The NCE loss of r on given examples, group by group: K tensors (rows,), nats, 2 ln 2 at chance.
+
+    softplus(−log r) of a posterior sample plus softplus(log r) of a base sample in the same context.
+    """
+    features, found = model.encode(x), []
+
+    def choose(k: int, context: Tensor) -> Tensor:
+        z = model.posterior(k, context, features).draw(Noise(seed, "nce-posterior", k, rows=rows, device=x.device))
+        other = prior.base(k, context).draw(Noise(seed, "nce-base", k, rows=rows, device=x.device))
+        losses = [torch.nn.functional.softplus(sign * prior.log_ratio(k, at, context)) for sign, at in ((-1, z), (1, other))]
+        found.append(losses[0] + losses[1])
+        return z
+
+    descend(model, len(x), choose)
+    return found
+
+
+StandardError = tuple[float, float, int]
+
+
+def mean_and_error(values: Tensor) -> StandardError:
+    """Mean, its standard error and the count of independent values (n,)."""
+    values = values.double()
+    return values.mean().item(), values.std().item() / math.sqrt(len(values)), len(values)

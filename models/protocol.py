@@ -1,0 +1,110 @@
+"""The one protocol over which training, priors, samplers and metrics are written.
+
+A flat VAE is a hierarchical VAE with one group: p(x, z) = p(x | z) Π_k p(z_k | z_<k), q(z | x) = Π_k q(z_k | z_<k, x).
+The *context* before group k, c_k = c(z_<k), is the deterministic top-down state that p(z_k | z_<k) is computed from.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from models.distributions import DiagonalNormal, Distribution
+from runtime.randomness import Noise
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group: its index, and the shapes, without the batch, of its latent variable and of its context.
+
+    A context of no elements carries no information; nor does the first group's, which is the same for every example.
+    """
+
+    k: int
+    latent: tuple[int, ...]
+    context: tuple[int, ...]
+
+
+class Likelihood(Distribution, ABC):
+    """p(x | z) over (batch, *data shape)."""
+
+    mean: Tensor  # (batch, *data shape)
+
+
+class HierarchicalVAE(nn.Module, ABC):
+    """A variational autoencoder with K ordered groups of latent variables."""
+
+    groups: int
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Sequence[Tensor]:
+        """Bottom-up features of x (batch, *data shape), one tensor (batch, …) per group."""
+
+    @abstractmethod
+    def start(self, batch: int) -> Tensor:
+        """The context before the first group, shape (batch, …)."""
+
+    @abstractmethod
+    def prior(self, k: int, context: Tensor) -> DiagonalNormal:
+        """The base prior p(z_k | z_<k) over (batch, *latent shape of k)."""
+
+    @abstractmethod
+    def posterior(self, k: int, context: Tensor, features: Sequence[Tensor]) -> DiagonalNormal:
+        """The approximate posterior q(z_k | z_<k, x) over (batch, *latent shape of k)."""
+
+    @abstractmethod
+    def advance(self, k: int, context: Tensor, z: Tensor) -> Tensor:
+        """The context after group k took the value z (batch, *latent shape of k)."""
+
+    @abstractmethod
+    def decode(self, context: Tensor) -> Likelihood:
+        """The likelihood p(x | z), from the context after the last group."""
+
+    @torch.no_grad()
+    def layout(self) -> list[Group]:
+        """Every group with its shapes."""
+        found = []
+
+        def choose(k: int, context: Tensor) -> Tensor:
+            z = self.prior(k, context).mean
+            found.append(Group(k, tuple(z.shape[1:]), tuple(context.shape[1:])))
+            return z
+
+        descend(self, 1, choose)
+        return found
+
+
+Choose = Callable[[int, Tensor], Tensor]
+"""choose(k, context) returns z_k, shape (batch, *latent shape of k)."""
+
+
+def descend(model: HierarchicalVAE, batch: int, choose: Choose) -> Tensor:
+    """One top-down pass: group by group, ``choose`` picks z_k in its context. Returns the context to decode from."""
+    context = model.start(batch)
+    for k in range(model.groups):
+        context = model.advance(k, context, choose(k, context))
+    return context
+
+
+class LearnedPrior(Protocol):
+    """A prior over a model's groups: p(z_k | c_k) = base(z_k | c_k) r(z_k, c_k) / Z_k(c_k)."""
+
+    exact: bool
+    """Whether r = 1 in every group, so that the base is the prior and its density is exact."""
+
+    def base(self, k: int, context: Tensor) -> Distribution:
+        """The distribution over (batch, *latent shape of k) that r corrects; its density is normalised."""
+        ...
+
+    def log_ratio(self, k: int, z: Tensor, context: Tensor) -> Tensor:
+        """log r(z, c), unnormalised, nats: z (*lead, batch, *latent), context (batch, …), result (*lead, batch)."""
+        ...
+
+
+def by_posterior(model: HierarchicalVAE, x: Tensor, noise: Callable[[int], Noise]) -> Choose:
+    """The choice z_k ~ q(z_k | z_<k, x), with noise(k) for group k. x has shape (batch, *data shape)."""
+    features = model.encode(x)
+    return lambda k, context: model.posterior(k, context, features).draw(noise(k))

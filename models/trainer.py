@@ -1,0 +1,138 @@
+"""Stage 1: train a VAE on the evidence lower bound."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from datasets.dataset import Dataset
+from models.distributions import kl_divergence
+from models.protocol import Group, HierarchicalVAE, descend
+from runtime.hardware import Precision, autocast
+from runtime.identity import Identity
+from runtime.options import Options
+from runtime.progress import Report, silent
+from runtime.randomness import Noise
+from runtime.training import Terms, Trainee, cosine, train
+
+OPTIMIZERS = {"adam": partial(torch.optim.Adam, fused=True), "adamax": torch.optim.Adamax}
+
+
+class TrainOptions(Options):
+    """Settings of stage 1. Learning rate: linear warm-up, then a cosine from ``learning_rate`` to a hundredth of it.
+
+    ``kl_warmup``: fraction of the steps over which the KL's weight grows from 0 to 1. ``kl_balance``: while it does, weigh
+    the groups so that none collapses (NVAE). ``ema``: decay of the averaged weights that are kept. ``precision``: ``auto``
+    is bf16 autocast where the hardware gains from it.
+    """
+
+    steps: Annotated[int, Field(ge=1)]
+    batch: Annotated[int, Field(ge=1)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    optimizer: Literal["adam", "adamax"] = "adam"
+    warmup: Annotated[int, Field(ge=0)] = 100
+    kl_warmup: Annotated[float, Field(ge=0, le=1)] = 0.3
+    kl_balance: bool = True
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    clip: Annotated[float, Field(gt=0)] = 100.0
+    precision: Precision = "auto"
+
+
+@dataclass
+class Evidence:
+    """The parts of −ELBO for a batch: ``log_likelihood`` (batch,), ``kl`` one (batch,) per group; nats per example."""
+
+    log_likelihood: Tensor
+    kl: list[Tensor]
+
+    @property
+    def elbo(self) -> Tensor:
+        """The evidence lower bound of each example in nats, shape (batch,)."""
+        return self.log_likelihood - torch.stack(self.kl).sum(0)
+
+
+def evidence(model: HierarchicalVAE, x: Tensor, noise: Sequence[Noise]) -> Evidence:
+    """One posterior pass over x (batch, *data shape); noise[k] draws z_k. The KL of each group is analytic."""
+    features = model.encode(x)
+    divergences = []
+
+    def choose(k: int, context: Tensor) -> Tensor:
+        posterior = model.posterior(k, context, features)
+        divergences.append(kl_divergence(posterior, model.prior(k, context)))
+        return posterior.draw(noise[k])
+
+    decoded = model.decode(descend(model, len(x), choose))
+    return Evidence(decoded.log_prob(x), divergences)
+
+
+def balance(divergences: Sequence[Tensor], layout: Sequence[Group]) -> Tensor:
+    """Weights of the groups' KL terms during warm-up, mean 1, detached (NVAE, appendix A).
+
+    A group's weight grows with its own KL, so that cheap groups are not pushed to zero first, and falls with the size of
+    its maps relative to the number of groups that share the scale.
+
+    Args:
+        divergences: K tensors (batch,), nats.
+        layout: the K groups.
+    """
+    positions = [max(1, torch.Size(group.latent[1:]).numel()) for group in layout]
+    alpha = torch.tensor([size / positions.count(size) for size in positions])
+    kl = torch.stack([divergence.detach().abs().mean().cpu() for divergence in divergences]) + 0.01
+    weights = kl / (alpha / alpha.min()) * kl.sum()
+    return weights / weights.mean()
+
+
+def train_vae(
+    model: HierarchicalVAE,
+    dataset: Dataset,
+    options: TrainOptions,
+    path: Path,
+    identity: Identity,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Train to a finished checkpoint at ``path``, going on from a partial one where there is one.
+
+    Args:
+        model: on its device; it holds the averaged weights afterwards, in eval mode.
+        dataset: batches come from its training split.
+        options: see :class:`TrainOptions`.
+        path: the checkpoint.
+        identity: what it is made from; every draw derives from its seed.
+        report: told of the progress.
+
+    Returns:
+        The checkpoint's metadata: step, seconds, history.
+
+    Raises:
+        NonFiniteLossError: naming the term that broke.
+        UserError: the checkpoint could not be written.
+    """
+    device = next(model.parameters()).device
+    optimizer = OPTIMIZERS[options.optimizer](model.parameters(), lr=options.learning_rate)
+    rate = cosine(options.learning_rate, options.learning_rate / 100, options.steps, options.warmup)
+    trainee = Trainee("vae", model, optimizer, rate, path, identity, options.clip, options.ema)
+    layout, seed = model.layout(), identity.seed
+    warmup = max(1, round(options.kl_warmup * options.steps))
+
+    def losses(step: int, active: Sequence[Trainee]) -> list[Terms]:  # noqa: ARG001
+        x = dataset.train_batch(options.batch, seed, step).to(device)
+        noise = [Noise(seed, "vae", k, step, device=device) for k in range(model.groups)]
+        with autocast(options.precision, device.type):
+            parts = evidence(model, x, noise)
+        weight = min(1.0, step / warmup)
+        balanced = options.kl_balance and weight < 1
+        gamma = balance(parts.kl, layout) if balanced else torch.ones(model.groups)
+        terms = {f"kl/k{k:02d}": weight * gamma[k].item() * kl.mean() for k, kl in enumerate(parts.kl)}
+        return [{"reconstruction": -parts.log_likelihood.mean(), **terms}]
+
+    model.train()
+    train([trainee], options.steps, losses, report)
+    if trainee.finished is None:
+        trainee.finish()
+    model.eval()
+    return {"step": trainee.step, "seconds": trainee.seconds, "history": trainee.history} | (trainee.finished or {})

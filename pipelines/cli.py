@@ -1,0 +1,115 @@
+"""The ``priorhole`` command. Heavy imports wait inside the commands, so that --help answers at once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from runtime.errors import UserError
+
+app = typer.Typer(
+    help="How much better does a VAE get when its prior is learned? Run one stage, or let 'dvc repro' run them all.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Name = Annotated[str, typer.Argument(help="Experiment, as named in params.yaml.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+Threads = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_THREADS", help="CPU threads of each task.")]
+Workers = Annotated[int, typer.Option(min=0, envvar="PRIORHOLE_WORKERS", help="Tasks side by side; 0: as many as the cores allow.")]
+Shards = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_SHARDS", help="Parts into which a prior's groups are dealt; above 1 they are Ray tasks (RAY_ADDRESS names a cluster).")]  # fmt: skip
+Gpus = Annotated[float, typer.Option(min=0, help="GPUs of each shard.")]
+
+
+def _pipeline(threads: int = 1, workers: int = 0, shards: int = 1, gpus: float = 0.0):
+    from pipelines.fanout import Machine
+    from pipelines.stages import Pipeline
+
+    workers = workers or max(1, (os.cpu_count() or 1) // threads)
+    return Pipeline(Path.cwd(), Machine(threads, workers, shards, gpus))
+
+
+def _show(name: str) -> None:
+    import yaml
+
+    from pipelines.config import plain
+
+    typer.echo(yaml.safe_dump(plain(_pipeline().config.experiment(name)), sort_keys=False), nl=False)
+
+
+@app.command("list")
+def list_experiments() -> None:
+    """List the experiments; a star marks those that a plain 'dvc repro' runs."""
+    config = _pipeline().config
+    for name, experiment in config.experiments.items():
+        star = "*" if name in config.run else " "
+        priors = ", ".join(experiment.priors)
+        typer.echo(f"{star} {name}: {experiment.dataset}, {experiment.model.name}, {len(experiment.seeds)} seeds; priors {priors}")
+
+
+@app.command()
+def fetch(experiment: Name, dry_run: DryRun = False) -> None:
+    """Fetch, verify and prepare an experiment's data set."""
+    _show(experiment) if dry_run else _pipeline().fetch(experiment)
+
+
+@app.command()
+def train_vae(experiment: Name, threads: Threads = 1, workers: Workers = 0, dry_run: DryRun = False) -> None:
+    """Stage 1: train the VAEs, one a seed. Goes on from where it was stopped."""
+    _show(experiment) if dry_run else _pipeline(threads, workers).train_vae(experiment)
+
+
+@app.command()
+def train_prior(
+    experiment: Name, threads: Threads = 1, workers: Workers = 0, shards: Shards = 1, gpus: Gpus = 0.0, dry_run: DryRun = False
+) -> None:
+    """Stage 2: learn the priors with the VAEs frozen. Goes on from where it was stopped."""
+    _show(experiment) if dry_run else _pipeline(threads, workers, shards, gpus).train_prior(experiment)
+
+
+@app.command()
+def sample(experiment: Name, threads: Threads = 1, workers: Workers = 0, dry_run: DryRun = False) -> None:
+    """Draw from every prior by each of its samplers. Goes on from where it was stopped."""
+    _show(experiment) if dry_run else _pipeline(threads, workers).sample(experiment)
+
+
+@app.command()
+def evaluate(experiment: Name, threads: Threads = 1, workers: Workers = 0, dry_run: DryRun = False) -> None:
+    """Measure likelihoods, sample quality and sampler diagnostics. Goes on from where it was stopped."""
+    _show(experiment) if dry_run else _pipeline(threads, workers).evaluate(experiment)
+
+
+@app.command()
+def report() -> None:
+    """Gather the experiments' tables into reports/, with tables and figures for people."""
+    for path in _pipeline().report():
+        typer.echo(path)
+
+
+@app.command()
+def compare() -> None:
+    """Hold the results against the papers' claims. Exits 1 if a claim that was tested fails."""
+    if _pipeline().compare():
+        raise typer.Exit(1)
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 5000) -> None:
+    """Browse the runs in MLflow's UI."""
+    from pipelines.tracking import store
+
+    command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--port", str(port), "--backend-store-uri", store(Path.cwd())]
+    raise typer.Exit(subprocess.call(command))
+
+
+def main() -> None:
+    """Run the command; a UserError becomes one line and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)

@@ -1,0 +1,227 @@
+"""Everything that is measured of one seed of one experiment, as rows of the results table."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from datasets.registry import spec
+from metrics import features, frechet, kid, mmd, modes
+from metrics.likelihood import LikelihoodOptions, contrastive_losses, fill_pool, log_likelihoods, mean_and_error
+from models.protocol import by_posterior, descend
+from pipelines.config import BASELINE, plain
+from pipelines.results import Row
+from pipelines.work import Seeded, under_floor
+from priors.registry import PRIORS
+from priors.samplers import SAMPLERS
+from runtime import checkpoints, hardware
+from runtime.blocks import in_blocks
+from runtime.files import exclusive
+from runtime.identity import Identity, revision, source_digest
+from runtime.progress import Report
+from runtime.randomness import Noise
+
+AGGREGATE = "aggregate-posterior"
+"""Stands in the prior column for samples decoded from q(z): what a perfect prior would reach with this decoder."""
+
+DATA = "data"
+"""Stands in the prior column for the data themselves: the exact density, or real against real."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The measurements of one seed."""
+
+    at: Seeded
+    report: Report
+
+    def rows(self) -> Iterator[Row]:
+        """All of them."""
+        yield from self._training()
+        yield from self._likelihoods()
+        for prior, options in self.at.experiment.priors.items():
+            for sampler in options.samplers:
+                yield from self._samples(prior, sampler)
+        yield from self._yardsticks()
+
+    def _row(self, prior: str, metric: str, value: float, stderr: float, n: int, **more) -> Row:
+        at = self.at
+        model = f"{at.experiment.model.name}/{at.experiment.model.likelihood}"
+        common = {"sampler": "", "seconds": 0.0, "device": hardware.device_name(), "features": "", "target": ""}
+        return Row(
+            experiment=at.name, dataset=at.experiment.dataset, model=model, prior=prior, metric=metric, value=value,
+            stderr=stderr, n=n, seed=at.seed, revision=revision(), **(common | more),
+        )  # fmt: skip
+
+    @cached_property
+    def _examples(self) -> Tensor:
+        """The test examples that likelihoods are measured on."""
+        return self.at.dataset.examples("test")[: self.at.experiment.evaluate.examples]
+
+    def _training(self) -> Iterator[Row]:
+        at = self.at
+        yield self._row(BASELINE, "train-seconds", at.vae_document["seconds"], 0.0, at.vae_document["step"])
+        for name in (name for name, options in at.experiment.priors.items() if options.method != "normal"):
+            documents = [at.prior_document(name, k) for k in range(at.vae.groups)]
+            yield self._row(name, "train-seconds", sum(d["seconds"] for d in documents), 0.0, documents[0]["step"])
+
+    def _likelihood_options(self) -> LikelihoodOptions:
+        """The experiment's counts, with the number of proposals of every SIR sampler among them."""
+        options, experiment = self.at.experiment.evaluate.likelihood, self.at.experiment
+        used = {sampler for prior in experiment.priors.values() for sampler in prior.samplers}
+        of_samplers = {experiment.samplers[name].proposals for name in used if experiment.samplers[name].method == "sir"}
+        return options.model_copy(update={"proposals": sorted({*options.proposals, *of_samplers})})
+
+    def _measured(self, options: LikelihoodOptions) -> dict[str, Tensor]:
+        """Per-example log-likelihoods and NCE losses, kept on disk block by block."""
+        at, device = self.at, hardware.device()
+        priors = {name: at.prior(name) for name in at.experiment.priors}
+        corrected = {name: prior for name, prior in priors.items() if not prior.exact}
+        pools = {name: fill_pool(at.vae, prior, at.seed) for name, prior in corrected.items()}
+        self._pool_error = {name: pool.log_z[1] for name, pool in pools.items()}
+
+        def compute(rows: range) -> dict[str, Tensor]:
+            x = self._examples[rows.start : rows.stop].to(device)
+            found = log_likelihoods(at.vae, priors, pools, x, rows, at.seed, options)
+            for name, prior in corrected.items():
+                losses = contrastive_losses(at.vae, prior, x, rows, at.seed)
+                found |= {f"{name}/nce-loss/k{k:02d}": loss for k, loss in enumerate(losses)}
+            return found
+
+        digests = [at.prior_document(name, k)["digest"] for name in priors for k in range(at.vae.groups)]
+        config = {"vae digest": at.vae_document["digest"], "prior digests": digests, "likelihood": plain(options)}
+        source = source_digest("metrics.likelihood", *(PRIORS[p.method].__module__ for p in at.experiment.priors.values()))
+        identity = Identity(at.name, at.seed, config | {"examples": len(self._examples)}, source)
+        path = at.workspace.evaluation(at.name) / f"likelihood-seed-{at.seed}.safetensors"
+        return in_blocks(path, identity, len(self._examples), at.experiment.evaluate.batch, compute, self.report)
+
+    def _likelihoods(self) -> Iterator[Row]:
+        options = self._likelihood_options()
+        found = self._measured(options)
+        samplers = {s.proposals: name for name, s in self.at.experiment.samplers.items() if s.method == "sir"}
+        for key, values in found.items():
+            prior, _, what = key.partition("/")
+            if prior == "seconds":
+                continue
+            kind, _, detail = what.partition("/")
+            value, stderr, n = mean_and_error(values)
+            pool_error = self._pool_error.get(prior, 0.0)
+            if kind in ("nce-loss", "log-z"):
+                yield self._row(prior, what, value, stderr, n)
+                continue
+            gain, gain_error, _ = mean_and_error(values.double() - found[BASELINE].double())
+            if kind == "":
+                yield self._row(prior, "loglik", value, stderr, n)
+                if prior != BASELINE:
+                    yield self._row(prior, "loglik-gain", gain, gain_error, n)
+                continue
+            # The pool of base samples is shared by all examples, so its error does not average out over them.
+            total, gain_total = (stderr**2 + pool_error**2) ** 0.5, (gain_error**2 + pool_error**2) ** 0.5
+            sampler = samplers.get(int(detail), f"sir-{detail}") if kind == "sampler" else ""
+            suffixes = [f"/N{detail}", ""] if int(detail) == max(options.normaliser) else [f"/N{detail}"]
+            for suffix in suffixes if kind == "plugin" else [""]:
+                yield self._row(prior, f"loglik-{kind}{suffix}", value, total, n, sampler=sampler)
+                yield self._row(prior, f"loglik-gain-{kind}{suffix}", gain, gain_total, n, sampler=sampler)
+
+    @cached_property
+    def _posterior_pass(self) -> tuple[list[Tensor], Tensor]:
+        """z_k ~ q(z_k) for test examples, group by group, and what they decode to (as samples are decoded)."""
+        at, device = self.at, hardware.device()
+        x = self.at.dataset.examples("test")[: at.experiment.sample.images].to(device)
+        rows, codes = range(len(x)), []
+        with torch.no_grad():
+            by_q = by_posterior(at.vae, x, lambda k: Noise(at.seed, "aggregate", k, rows=rows, device=device))
+
+            def choose(k: int, context: Tensor) -> Tensor:
+                codes.append(by_q(k, context))
+                return codes[-1]
+
+            decoded = at.vae.decode(descend(at.vae, len(x), choose))
+            noise = Noise(at.seed, "aggregate-decoder", rows=rows, device=device)
+            images = decoded.mean if at.experiment.sample.decoding == "mean" else decoded.draw(noise)
+        return [z.cpu() for z in codes], images.cpu()
+
+    def _samples(self, prior: str, sampler: str) -> Iterator[Row]:
+        at = self.at
+        drawn = at.samples(prior, sampler)
+        by = SAMPLERS[at.experiment.samplers[sampler].method](at.experiment.samplers[sampler])
+        n, seconds = len(drawn["x"]), drawn["seconds"]
+
+        def row(metric: str, value: float, stderr: float, n: int = n, **more) -> Row:
+            return self._row(prior, metric, value, stderr, n, sampler=sampler, **more)
+
+        yield row("seconds-per-image", *mean_and_error(seconds)[:2])
+        proposals = torch.stack([drawn[f"proposals/k{k:02d}"] for k in range(at.vae.groups)]).sum(0)
+        yield row("proposals-per-image", *mean_and_error(proposals)[:2])
+        for k, share in under_floor(by, drawn).items():
+            yield row(f"ess-floor-share/{k}", share, (share * (1 - share) / n) ** 0.5)
+        for k in range(at.vae.groups):
+            if by.weighs:
+                yield row(f"ess-fraction/k{k:02d}", *mean_and_error(drawn[f"ess/k{k:02d}"])[:2])
+            if by.accepts:
+                yield row(f"acceptance/k{k:02d}", *mean_and_error(drawn[f"acceptance/k{k:02d}"])[:2])
+            distance = mmd.mmd(self._posterior_pass[0][k], drawn[f"z/k{k:02d}"])
+            yield row(f"mmd2/k{k:02d}", distance.value, distance.stderr, features=_bandwidths(distance.bandwidths))
+        for quality in self._quality(prior, drawn["x"]):
+            yield replace(quality, sampler=sampler)
+
+    def _quality(self, prior: str, x: Tensor) -> Iterator[Row]:
+        """How good decoded samples are: off the modes where the modes are known, FID and KID where there is a network."""
+        at = self.at
+        if truth := spec(at.experiment.dataset).truth:
+            share, stderr = modes.off_mode_share(x, truth.means, truth.sigma)
+            yield self._row(prior, "off-mode-share", share, stderr, len(x))
+            yield self._row(prior, "modes-hit", modes.modes_hit(x, truth.means, truth.sigma), 0.0, len(x))
+        if at.experiment.evaluate.features is not None:
+            network, reference = self._network, self._reference
+            name = f"{network.name}@{network.digest[:8]}; {at.experiment.sample.decoding} decoding"
+            ours = network(x.to(hardware.device())).cpu()
+            for metric, measure in (("fid", frechet.fid), ("kid", kid.kid)):
+                value, stderr = measure(ours, reference, at.seed)
+                yield self._row(prior, f"{metric}-{network.name}-{len(x)}", value, stderr, len(x), features=name)
+
+    def _yardsticks(self) -> Iterator[Row]:
+        """What the numbers are to be read against: the data's own, and the aggregate posterior's."""
+        at = self.at
+        yield from self._quality(AGGREGATE, self._posterior_pass[1])
+        if truth := spec(at.experiment.dataset).truth:
+            yield self._row(DATA, "loglik", *mean_and_error(truth.log_density(self._examples.double())))
+            yield from self._quality(DATA, at.dataset.examples("test"))
+        if at.experiment.evaluate.features is not None:
+            yield from self._quality(DATA, at.dataset.images("test"))
+
+    @cached_property
+    def _network(self) -> features.FeatureNetwork:
+        return load_features(self.at, self.report)
+
+    @cached_property
+    def _reference(self) -> Tensor:
+        return self._network(self.at.dataset.images("train").to(hardware.device())).cpu()
+
+
+def _bandwidths(values: list[float]) -> str:
+    return "rbf " + " ".join(f"{value:.4g}" for value in values)
+
+
+def _features_identity(at: Seeded) -> Identity:
+    return Identity(at.name, 0, {"dataset digest": at.dataset.digest}, source_digest("metrics.features"))
+
+
+def load_features(at: Seeded, report: Report) -> features.FeatureNetwork:
+    """The experiment's feature network; a small classifier is trained on the training images where that is what it is."""
+    path = at.workspace.evaluation(at.name) / "features.safetensors"
+    return features.load(at.experiment.evaluate.features, at.dataset, path, _features_identity(at), report)
+
+
+def features_task(report: Report, at: Seeded) -> None:
+    """Make the feature network once, before the seeds share it."""
+    with exclusive(at.workspace.locks, f"{at.name}/features"):
+        load_features(at, report)
+
+
+def evaluation_task(report: Report, at: Seeded) -> list[Row]:
+    """All measurements of one seed."""
+    with exclusive(at.workspace.locks, f"{at.name}/evaluation/seed-{at.seed}"):
+        return list(Evaluation(at, report).rows())

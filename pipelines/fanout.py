@@ -1,0 +1,180 @@
+"""Run independent tasks: here, in processes side by side, or as Ray tasks on this machine or a cluster.
+
+Seeds and shards of groups are the axes of fan-out. Every task writes its own files and draws its own randomness, so where
+it runs never changes what it makes.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime import hardware, progress
+from runtime.errors import UserError
+
+POLL_SECONDS = 0.5
+LINE_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where tasks may run. None of it enters a result, but ``threads`` can change a CPU result's last bit.
+
+    Attributes:
+        threads: CPU threads of each task.
+        workers: tasks side by side on this machine.
+        shards: parts into which the groups of a prior are dealt; more than one starts Ray.
+        gpus: GPUs of each shard.
+    """
+
+    threads: int = 1
+    workers: int = 1
+    shards: int = 1
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """``function(report, **arguments)``; the function is a module's, and it and its arguments can be pickled."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+
+
+def run(tasks: Sequence[Task], machine: Machine, folder: Path) -> list[Any]:
+    """Run all tasks and return their results in order.
+
+    Args:
+        tasks: independent of each other.
+        machine: where and how many at a time.
+        folder: progress files are kept there meanwhile.
+
+    Raises:
+        UserError: from a task, once the others have ended; or a worker was killed; or the cluster lacks the GPUs.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    calls = [(task, folder / f"{index}.json", machine.threads) for index, task in enumerate(tasks)]
+    with _shown([(task.name, path) for task, path, _ in calls]):
+        if machine.shards > 1:
+            return _on_ray(calls, machine)
+        if len(tasks) == 1 or machine.workers == 1:
+            return [_call(*call) for call in calls]
+        return _in_processes(calls, machine.workers)
+
+
+def _call(task: Task, path: Path, threads: int) -> Any:
+    hardware.reproducible(threads)
+    return task.function(progress.to_file(path), **task.arguments)
+
+
+def _in_processes(calls: Sequence[tuple[Task, Path, int]], workers: int) -> list[Any]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_die_with_parent, initargs=(os.getpid(),)) as pool:
+        futures: list[Future] = [pool.submit(_call, *call) for call in calls]
+        wait(futures)
+        try:
+            return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed (out of memory, perhaps); run the same command again: it goes on from the last checkpoint"
+            ) from error
+
+
+def _die_with_parent(parent: int) -> None:
+    """Do not outlive a driver that was killed: an orphan would go on writing, and hold its locks."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[Any]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    root = str(Path(__file__).resolve().parent.parent)
+    ray.init(
+        address=address,
+        num_cpus=None if address else machine.workers * machine.threads,
+        include_dashboard=None if address else False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": str(machine.threads)}},
+    )
+    try:
+        present = ray.cluster_resources().get("GPU", 0)
+        if machine.gpus > present:  # Ray itself would wait for ever
+            raise UserError(f"each shard asks for {machine.gpus:g} GPU, the cluster has {present:g}; lower --gpus or add a node")
+        remote = ray.remote(num_cpus=machine.threads, num_gpus=machine.gpus, max_retries=3)(_call)
+        references = [remote.remote(*call) for call in calls]
+        ray.wait(references, num_returns=len(references))
+        try:
+            return ray.get(references)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.WorkerCrashedError as error:
+            raise UserError("a shard was killed repeatedly; run the same command again: it goes on from its checkpoints") from error
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _shown(tasks: Sequence[tuple[str, Path]]) -> Iterator[None]:
+    """Show the tasks' progress while the block runs: bars on a terminal, a line now and then elsewhere."""
+    stop = threading.Event()
+    show = _bars if sys.stderr.isatty() else _lines
+    thread = threading.Thread(target=show, args=(tasks, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _state(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _bars(tasks: Sequence[tuple[str, Path]], stop: threading.Event) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        rows = [(bars.add_task(name, total=None, note=""), path) for name, path in tasks]
+        while True:
+            ended = stop.wait(POLL_SECONDS)
+            for row, path in rows:
+                if state := _state(path):
+                    bars.update(row, completed=state["done"], total=state["total"], note=state["note"])
+            if ended:
+                return
+
+
+def _lines(tasks: Sequence[tuple[str, Path]], stop: threading.Event) -> None:
+    while not stop.wait(LINE_SECONDS):
+        for name, path in tasks:
+            state = _state(path)
+            if state and state["done"] < state["total"]:
+                remaining = state["seconds"] / max(1, state["done"]) * (state["total"] - state["done"])
+                line = f"{name}: {state['done']}/{state['total']} {state['note']} (about {remaining:.0f} s left)"
+                print(line, file=sys.stderr, flush=True)

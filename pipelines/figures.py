@@ -1,0 +1,172 @@
+"""The figures of the report. Numbers come from results.csv alone; pictures of samples and latents from the artifacts."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+
+from datasets.registry import Truth, spec
+from models.protocol import by_posterior, descend
+from pipelines.config import BASELINE
+from pipelines.work import Seeded
+from runtime import hardware
+from runtime.errors import UserError
+from runtime.files import atomic_path
+from runtime.randomness import Noise
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+POINTS = 2000
+PLANE = 3.5  # half the side of the latent plane that is shown
+
+
+def of_results(frame: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    """Draw the figures that need results.csv alone, one set per experiment.
+
+    Args:
+        frame: the results over seeds.
+        folder: where the PNG files go.
+
+    Yields:
+        The paths written.
+    """
+    for experiment, own in frame.groupby("experiment"):
+        for name, draw in {"convergence": _convergence, "nce-ess": _nce_against_ess}.items():
+            figure = draw(str(experiment), own)
+            if figure is not None:
+                yield _save(figure, folder / f"{experiment}-{name}.png")
+
+
+def of_artifacts(at: Seeded, folder: Path) -> Iterator[Path]:
+    """Draw the pictures of one seed's latents and samples; nothing where its artifacts are not here.
+
+    Yields:
+        The paths written.
+    """
+    truth, layout = spec(at.experiment.dataset).truth, None
+    try:
+        layout = at.vae.layout()
+        drawn = {(prior, sampler): at.samples(prior, sampler)["x"] for prior, sampler in at.draws()}
+    except UserError:
+        return
+    corrected = next((prior for prior in at.experiment.priors if not at.prior(prior).exact), None)
+    if corrected is not None and [group.latent for group in layout] == [(2,)]:
+        yield _save(_hole(at, corrected), folder / f"{at.name}-hole.png")
+    picture = _against_modes(drawn, truth) if truth is not None else _grids(drawn)
+    yield _save(picture, folder / f"{at.name}-samples.png")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    with atomic_path(path) as temporary:
+        # Without a fixed metadata block the file would differ on every run.
+        figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    return path
+
+
+def _panels(count: int, size: float = 3.6) -> tuple[Figure, list[Axes]]:
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False)
+    for spare in axes.flat[count:]:
+        spare.axis("off")
+    return figure, list(axes.flat[:count])
+
+
+def _convergence(experiment: str, frame: pd.DataFrame) -> Figure | None:
+    """Likelihood under the plug-in against N, and under the sampler bound against M, for every corrected prior."""
+    curves = frame[frame.metric.str.match(r"loglik-plugin/N\d+$|loglik-sampler$")].copy()
+    if curves.empty:
+        return None
+    plugin = curves.metric.str.startswith("loglik-plugin")
+    text = curves.metric.where(plugin, curves.sampler).str.extract(r"(\d+)$")[0]
+    curves["count"], curves["kind"] = text.astype(int), np.where(plugin, "plug-in, N", "sampler bound, M")
+    figure, (axis,) = _panels(1, 5.0)
+    for (prior, kind), curve in curves.groupby(["prior", "kind"]):
+        ordered = curve.sort_values("count")
+        axis.errorbar(ordered["count"], ordered.value, ordered.interval, marker="o", capsize=3, label=f"{prior}: {kind}")
+    for _, exact in frame[(frame.metric == "loglik")].iterrows():
+        axis.axhline(exact.value, linestyle="--", linewidth=1, color="0.5")
+        axis.annotate(exact.prior, (0.01, exact.value), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+    axis.set(xscale="log", xlabel="base samples per context", ylabel="log-likelihood (nats per example)", title=experiment)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _nce_against_ess(experiment: str, frame: pd.DataFrame) -> Figure | None:
+    """ESS/M of SIR against the NCE loss, a point per prior, group and sampler (NCP-VAE, Fig. 5(b))."""
+    losses = frame[frame.metric.str.startswith("nce-loss/")].assign(group=lambda f: f.metric.str[-3:])
+    shares = frame[frame.metric.str.startswith("ess-fraction/")].assign(group=lambda f: f.metric.str[-3:])
+    both = losses.merge(shares, on=["prior", "group"], suffixes=("_loss", "_ess"))
+    if both.empty:
+        return None
+    figure, (axis,) = _panels(1, 5.0)
+    for (prior, sampler), points in both.groupby(["prior", "sampler_ess"]):
+        axis.errorbar(
+            points.value_loss, points.value_ess, points.interval_ess, points.interval_loss, "o", capsize=3, label=f"{prior} by {sampler}"
+        )
+    axis.axvline(2 * np.log(2), linestyle=":", color="0.5")
+    axis.annotate("chance", (2 * np.log(2), 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, ha="right")
+    axis.set(yscale="log", xlabel="NCE loss (nats)", ylabel="ESS / M", title=experiment)
+    axis.legend(fontsize=8)
+    return figure
+
+
+@torch.no_grad()
+def _hole(at: Seeded, corrected: str) -> Figure:
+    """The aggregate posterior over the prior's contours, the learned log r, and what SIR draws from the learned prior."""
+    device, prior = hardware.device(), at.prior(corrected)
+    x = at.dataset.examples("test")[:POINTS].to(device)
+    rows, codes = range(len(x)), []
+    by_q = by_posterior(at.vae, x, lambda k: Noise(at.seed, "figure", k, rows=rows, device=device))
+
+    def choose(k: int, context: torch.Tensor) -> torch.Tensor:
+        codes.append(by_q(k, context))
+        return codes[-1]
+
+    descend(at.vae, len(x), choose)
+    sampler = next(name for name in at.experiment.priors[corrected].samplers if name.startswith("sir"))
+    best = max((n for n in at.experiment.priors[corrected].samplers if at.experiment.samplers[n].method == "sir"), key=lambda n: at.experiment.samplers[n].proposals, default=sampler)
+    drawn = at.samples(corrected, best)["z/k00"]
+    ticks = torch.linspace(-PLANE, PLANE, 301)
+    plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).view(-1, 1, 2).to(device)
+    context = at.vae.start(1)
+    log_r = prior.log_ratio(0, plane, context).view(301, 301).cpu()
+    log_p = prior.base(0, context).log_prob(plane).view(301, 301).cpu()
+    figure, axes = _panels(3, 4.2)
+    titles = ("q(z), and contours of the prior", f"log r(z) of {corrected}", f"{corrected} by {best}")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, xlim=(-PLANE, PLANE), ylim=(-PLANE, PLANE), aspect="equal", xticks=[], yticks=[])
+        axis.contour(ticks, ticks, log_p, levels=log_p.max() - torch.tensor([4.5, 2.0, 0.5]), colors="tab:red", linewidths=1)
+    axes[0].scatter(*codes[0].cpu().T, s=2, alpha=0.5)
+    axes[1].imshow(log_r.clamp(-8, 8), extent=(-PLANE, PLANE, -PLANE, PLANE), origin="lower", cmap="RdBu_r", vmin=-8, vmax=8)
+    axes[2].scatter(*drawn[:POINTS].T, s=2, alpha=0.5)
+    return figure
+
+
+def _against_modes(drawn: dict[tuple[str, str], torch.Tensor], truth: Truth) -> Figure:
+    """Samples of every prior and sampler over the true modes."""
+    figure, axes = _panels(len(drawn), 3.2)
+    for axis, ((prior, sampler), x) in zip(axes, drawn.items(), strict=True):
+        axis.scatter(*x[:POINTS].T, s=2, alpha=0.4)
+        axis.scatter(*truth.means.T, s=12, facecolors="none", edgecolors="tab:red", linewidths=0.7)
+        axis.set(title=f"{prior} by {sampler}", xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), aspect="equal", xticks=[], yticks=[])
+    return figure
+
+
+def _grids(drawn: dict[tuple[str, str], torch.Tensor]) -> Figure:
+    """The first 64 samples of every prior and sampler."""
+    figure, axes = _panels(len(drawn), 3.2)
+    for axis, ((prior, sampler), x) in zip(axes, drawn.items(), strict=True):
+        side = x.shape[-1]
+        tiles = x[:64, 0].reshape(8, 8, side, side).permute(0, 2, 1, 3).reshape(8 * side, 8 * side)
+        axis.imshow(tiles, cmap="gray", vmin=0, vmax=1)
+        axis.set(title=f"{prior} by {sampler}", xticks=[], yticks=[])
+    return figure

@@ -1,0 +1,136 @@
+"""The stages of the pipeline: each reads files, writes files, and is the same function for DVC, the CLI and the tests."""
+
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import dataset as data
+from pipelines import fanout, results, tracking
+from pipelines.config import Config, Experiment, plain, read, validate
+from pipelines.evaluation import evaluation_task, features_task
+from pipelines.fanout import Machine, Task
+from pipelines.work import Seeded, prior_task, sample_task, vae_task
+from pipelines.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages over one workspace, on a machine.
+
+    Raises:
+        UserError: from any method; its text is one line that says what is wrong and what to do.
+    """
+
+    root: Path
+    machine: Machine = Machine()
+
+    @property
+    def workspace(self) -> Workspace:
+        """Where the files are."""
+        return Workspace(self.root)
+
+    @property
+    def config(self) -> Config:
+        """The validated configuration."""
+        return validate(read(self.workspace.params))
+
+    def _seeds(self, name: str) -> tuple[Experiment, list[Seeded]]:
+        raw = read(self.workspace.params)
+        experiment = validate(raw).experiment(name)
+        return experiment, [Seeded(raw, name, seed, self.root) for seed in experiment.seeds]
+
+    def _run(self, stage: str, name: str, tasks: list[Task]) -> list[Any]:
+        return fanout.run(tasks, self.machine, self.workspace.progress / f"{stage}-{name}")
+
+    def fetch(self, name: str) -> None:
+        """Fetch and prepare the experiment's data set."""
+        experiment = self.config.experiment(name)
+        data.fetch(experiment.dataset, self.workspace.data(name), self.workspace.raw)
+
+    def train_vae(self, name: str) -> None:
+        """Stage 1: train the VAE of every seed."""
+        experiment, seeds = self._seeds(name)
+        _prune(self.workspace.artifacts(name) / "vae", [f"seed-{seed}" for seed in experiment.seeds])
+        documents = self._run("train-vae", name, [Task(f"VAE, seed {at.seed}", vae_task, {"at": at}) for at in seeds])
+        runs = {at.seed: {"loss": one["history"], "train-seconds": one["seconds"]} for at, one in zip(seeds, documents, strict=True)}
+        tracking.record(self.root, "train-vae", name, runs, {"model": plain(experiment.model), "train": plain(experiment.train)})
+
+    def train_prior(self, name: str) -> None:
+        """Stage 2: learn every prior of every seed, its groups dealt over the shards. A base comes before what is put on it."""
+        experiment, seeds = self._seeds(name)
+        _prune(self.workspace.artifacts(name) / "priors", experiment.priors)
+        groups = seeds[0].vae.groups
+        shards = [list(range(groups))[first :: self.machine.shards] for first in range(min(groups, self.machine.shards))]
+        depth: dict[str, int] = {}
+        for prior, options in experiment.priors.items():  # a base is listed before what is put on it
+            depth[prior] = 0 if options.base is None else depth[options.base] + 1
+        for wave in sorted(set(depth.values())):
+            chosen = [(at, prior, shard) for prior in depth if depth[prior] == wave for at in seeds for shard in shards]
+            tasks = [
+                Task(f"{prior}, seed {at.seed}, groups {shard}", prior_task, {"at": at.fresh(), "prior": prior, "groups": shard})
+                for at, prior, shard in chosen
+            ]
+            self._run(f"train-prior-{wave}", name, tasks)
+        runs = {at.seed: _learning_curves(at, experiment, groups) for at in seeds}
+        tracking.record(self.root, "train-prior", name, runs, {"priors": {k: plain(v) for k, v in experiment.priors.items()}})
+
+    def sample(self, name: str) -> None:
+        """Draw samples of every prior by each of its samplers, for every seed."""
+        experiment, seeds = self._seeds(name)
+        chosen = [(prior, sampler) for prior, options in experiment.priors.items() for sampler in options.samplers]
+        _prune(self.workspace.artifacts(name) / "samples", [f"{prior}+{sampler}" for prior, sampler in chosen])
+        keys = [(at, prior, sampler) for prior, sampler in chosen for at in seeds]
+        tasks = [
+            Task(f"{prior} by {sampler}, seed {at.seed}", sample_task, {"at": at, "prior": prior, "sampler": sampler})
+            for at, prior, sampler in keys
+        ]
+        shares = self._run("sample", name, tasks)
+        runs: dict[int, dict[str, float]] = {at.seed: {} for at in seeds}
+        for (at, prior, sampler), found in zip(keys, shares, strict=True):
+            runs[at.seed] |= {f"{prior}/{sampler}/ess-floor-share/{group}": share for group, share in found.items()}
+            _warn_of_collapse(f"{name}, seed {at.seed}, {prior} by {sampler}", found)
+        tracking.record(self.root, "sample", name, runs, {"sample": plain(experiment.sample)})
+
+    def evaluate(self, name: str) -> None:
+        """Measure everything; the rows go to the experiment's own table."""
+        experiment, seeds = self._seeds(name)
+        if experiment.evaluate.features is not None:
+            self._run("features", name, [Task("feature network", features_task, {"at": seeds[0]})])
+        tasks = [Task(f"evaluation, seed {at.seed}", evaluation_task, {"at": at.fresh()}) for at in seeds]
+        found = self._run("evaluate", name, tasks)
+        results.write(self.workspace.evaluation(name) / "results.csv", [row for rows in found for row in rows])
+        runs = {
+            at.seed: {"/".join(filter(None, (row.prior, row.sampler, row.metric))): row.value for row in rows}
+            for at, rows in zip(seeds, found, strict=True)
+        }
+        tracking.record(self.root, "evaluate", name, runs, {"evaluate": plain(experiment.evaluate)})
+
+
+def _prune(folder: Path, keep: Iterable[str]) -> None:
+    """Drop what belongs to seeds, priors or samplers that the experiment no longer has."""
+    wanted = set(keep)
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.name.split(".")[0] not in wanted and path.name not in wanted:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _learning_curves(at: Seeded, experiment: Experiment, groups: int) -> dict[str, Any]:
+    curves: dict[str, Any] = {}
+    for prior in experiment.priors:
+        for k in range(groups):
+            document = at.prior_document(prior, k)
+            curves |= {f"{prior}/loss/k{k:02d}": document["history"], f"{prior}/train-seconds/k{k:02d}": document["seconds"]}
+    return curves
+
+
+def _warn_of_collapse(what: str, shares: dict[str, float]) -> None:
+    collapsed = [f"{group} ({share:.0%})" for group, share in shares.items() if share > 0.5]
+    if collapsed:
+        print(
+            f"warning: {what}: SIR collapses: the effective sample size is under the floor for most images in {', '.join(collapsed)}; "
+            "draw more proposals, or use Langevin dynamics",
+            file=sys.stderr,
+        )

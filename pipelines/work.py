@@ -1,0 +1,219 @@
+"""The tasks that stages fan out: one seed's VAE, a shard of one prior's groups, one draw of samples, one evaluation.
+
+Each is a plain function of values that can be pickled, and runs in whatever process it is given to.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from datasets import dataset as data
+from datasets.registry import spec
+from models import registry as models
+from models.protocol import HierarchicalVAE
+from models.trainer import train_vae
+from pipelines.config import Config, Experiment, plain, validate
+from pipelines.workspace import Workspace
+from priors.protocol import GroupPrior, Prior
+from priors.registry import PRIORS
+from priors.samplers import ESS_FLOOR, SAMPLERS, Sampler
+from priors.sampling import draw
+from priors.trainer import Slot, learn
+from runtime import checkpoints, hardware
+from runtime.blocks import in_blocks
+from runtime.files import exclusive
+from runtime.identity import Identity, source_digest
+from runtime.progress import Report
+from runtime.randomness import initialising
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """One seed of one experiment: it knows what every file of it is made from, and loads what exists.
+
+    Attributes:
+        raw: params.yaml as plain values (they travel between processes better than validated ones).
+        name: the experiment.
+        seed: one of its seeds.
+        root: the workspace's folder.
+    """
+
+    raw: dict[str, Any]
+    name: str
+    seed: int
+    root: Path
+    _groups: dict[tuple[str, int], tuple[GroupPrior, dict[str, Any]]] = field(default_factory=dict, repr=False, compare=False)
+
+    def fresh(self) -> "Seeded":
+        """The same with nothing loaded, to be sent to another process."""
+        return Seeded(self.raw, self.name, self.seed, self.root)
+
+    @cached_property
+    def config(self) -> Config:
+        """The validated configuration."""
+        return validate(self.raw)
+
+    @cached_property
+    def experiment(self) -> Experiment:
+        """The experiment."""
+        return self.config.experiment(self.name)
+
+    @property
+    def workspace(self) -> Workspace:
+        """Where the files are."""
+        return Workspace(self.root)
+
+    @cached_property
+    def dataset(self) -> data.Dataset:
+        """The prepared data set. Raises UserError if it is missing, corrupt or another one."""
+        return data.load(self.experiment.dataset, self.workspace.data(self.name))
+
+    def vae_identity(self) -> Identity:
+        """What the VAE is made from."""
+        options = self.experiment.model
+        config = {
+            "dataset": {"name": self.experiment.dataset, "digest": self.dataset.digest},
+            "model": plain(options),
+            "train": plain(self.experiment.train),
+            "seed": self.seed,
+        }
+        source = source_digest("models.trainer", models.MODELS[options.name].__module__)
+        return Identity(self.name, self.seed, config, source)
+
+    def new_vae(self) -> HierarchicalVAE:
+        """The VAE before training."""
+        with initialising(self.seed, "vae"):
+            return models.build(self.experiment.model.name, self.experiment.model, spec(self.experiment.dataset).shape)
+
+    @cached_property
+    def _stored_vae(self) -> tuple[HierarchicalVAE, dict[str, Any]]:
+        path = self.workspace.vae(self.name, self.seed)
+        tensors, document = checkpoints.load_verified(path, self.vae_identity(), f"priorhole train-vae {self.name}")
+        model = self.new_vae()
+        checkpoints.restore(model, tensors, path)
+        return model.to(hardware.device()).eval().requires_grad_(False), document
+
+    @property
+    def vae(self) -> HierarchicalVAE:
+        """The trained VAE, frozen, in eval mode. Raises UserError if it is missing or of another configuration."""
+        return self._stored_vae[0]
+
+    @property
+    def vae_document(self) -> dict[str, Any]:
+        """The trained VAE's metadata."""
+        return self._stored_vae[1]
+
+    def prior_identity(self, prior: str, k: int) -> Identity:
+        """What group k of a prior is made from."""
+        options = self.experiment.priors[prior]
+        base = {} if options.base is None else {"base digest": self.prior_document(options.base, k)["digest"]}
+        config = {
+            "vae digest": self.vae_document["digest"],
+            "prior": plain(options, "samplers"),
+            "group": k,
+            "seed": self.seed,
+            **base,
+        }
+        return Identity(self.name, self.seed, config, source_digest("priors.trainer", PRIORS[options.method].__module__))
+
+    def new_group(self, prior: str, k: int) -> GroupPrior:
+        """One group of a prior before training, on the model's device."""
+        options = self.experiment.priors[prior]
+        with initialising(self.seed, f"prior {prior}", k):
+            return PRIORS[options.method](options, self.vae.layout()[k]).to(hardware.device())
+
+    def _stored_group(self, prior: str, k: int) -> tuple[GroupPrior, dict[str, Any]]:
+        if (prior, k) not in self._groups:
+            path = self.workspace.prior(self.name, prior, self.seed, k)
+            identity = self.prior_identity(prior, k)
+            tensors, document = checkpoints.load_verified(path, identity, f"priorhole train-prior {self.name}")
+            group = self.new_group(prior, k)
+            checkpoints.restore(group, tensors, path)
+            self._groups[prior, k] = group.eval().requires_grad_(False), document
+        return self._groups[prior, k]
+
+    def prior_document(self, prior: str, k: int) -> dict[str, Any]:
+        """The metadata of one learned group. Raises UserError as :meth:`prior` does."""
+        return self._stored_group(prior, k)[1]
+
+    def below(self, prior: str) -> Prior:
+        """The base that a prior corrects."""
+        base = self.experiment.priors[prior].base
+        if base is not None:
+            return self.prior(base)
+        return Prior(self.vae, [GroupPrior(GroupPrior.Options(), group) for group in self.vae.layout()])
+
+    def prior(self, prior: str) -> Prior:
+        """A learned prior, all groups. Raises UserError if a group is missing or of another configuration."""
+        groups = [self._stored_group(prior, k)[0] for k in range(self.vae.groups)]
+        base = self.experiment.priors[prior].base
+        return Prior(self.vae, groups, None if base is None else self.prior(base))
+
+    def samples_identity(self, prior: str, sampler: str) -> Identity:
+        """What a file of samples is made from."""
+        options = self.experiment.samplers[sampler]
+        config = {
+            "vae digest": self.vae_document["digest"],
+            "prior digests": [self.prior_document(prior, k)["digest"] for k in range(self.vae.groups)],
+            "sampler": plain(options),
+            "sample": plain(self.experiment.sample, "batch"),
+            "seed": self.seed,
+        }
+        method = PRIORS[self.experiment.priors[prior].method]
+        return Identity(self.name, self.seed, config, source_digest("priors.sampling", method.__module__))
+
+    def samples(self, prior: str, sampler: str) -> dict[str, Tensor]:
+        """What was drawn. Raises UserError if it is missing or of another configuration."""
+        path = self.workspace.samples(self.name, prior, sampler, self.seed)
+        identity = self.samples_identity(prior, sampler)
+        return checkpoints.load_verified(path, identity, f"priorhole sample {self.name}")[0]
+
+
+def vae_task(report: Report, at: Seeded) -> dict[str, Any]:
+    """Stage 1 for one seed: train the VAE, or find it trained. Returns the checkpoint's metadata."""
+    with exclusive(at.workspace.locks, f"{at.name}/vae/seed-{at.seed}"):
+        model = at.new_vae().to(hardware.device())
+        path = at.workspace.vae(at.name, at.seed)
+        return train_vae(model, at.dataset, at.experiment.train, path, at.vae_identity(), report)
+
+
+def prior_task(report: Report, at: Seeded, prior: str, groups: Sequence[int]) -> None:
+    """Stage 2 for one seed and a shard of the groups of one prior."""
+    with exclusive(at.workspace.locks, f"{at.name}/{prior}/seed-{at.seed}/k{groups[0]:02d}"):
+        slots = [
+            Slot(k, at.new_group(prior, k), at.workspace.prior(at.name, prior, at.seed, k), at.prior_identity(prior, k))
+            for k in groups
+        ]
+        learn(at.below(prior), slots, at.dataset, report)
+
+
+def sample_task(report: Report, at: Seeded, prior: str, sampler: str) -> dict[str, float]:
+    """Draw one seed's samples of one prior by one sampler.
+
+    Returns:
+        For each group ``k00`` …, the share of images whose effective sample size is under the floor, where the sampler
+        weighs proposals.
+    """
+    path, options = at.workspace.samples(at.name, prior, sampler, at.seed), at.experiment.samplers[sampler]
+    with exclusive(at.workspace.locks, f"{at.name}/samples/{prior}+{sampler}/seed-{at.seed}"):
+        learned, by = at.prior(prior), SAMPLERS[options.method](options)
+
+        def compute(rows: range) -> dict[str, Tensor]:
+            return draw(at.vae, learned, by, rows, at.seed, at.experiment.sample.decoding)
+
+        total, batch = at.experiment.sample.images, at.experiment.sample.batch
+        drawn = in_blocks(path, at.samples_identity(prior, sampler), total, batch, compute, report)
+    return under_floor(by, drawn)
+
+
+def under_floor(sampler: Sampler, drawn: Mapping[str, Tensor]) -> dict[str, float]:
+    """Share of images with an effective sample size under ESS_FLOOR proposals, by group; empty where nothing is weighed."""
+    if not sampler.weighs:
+        return {}
+    groups = [key.removeprefix("ess/") for key in drawn if key.startswith("ess/")]
+    ess = {k: drawn[f"ess/{k}"] * drawn[f"proposals/{k}"] for k in groups}
+    return {k: (value < ESS_FLOOR).double().mean().item() for k, value in ess.items()}

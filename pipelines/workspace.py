@@ -1,0 +1,70 @@
+"""Where everything is kept, under the folder that holds params.yaml."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths of one checkout. Files that a stage makes for one experiment lie in ``artifacts/EXPERIMENT``."""
+
+    root: Path
+
+    @property
+    def params(self) -> Path:
+        """The configuration."""
+        return self.root / "params.yaml"
+
+    @property
+    def raw(self) -> Path:
+        """Downloads, shared by the experiments."""
+        return self.root / "data" / "raw"
+
+    @property
+    def reports(self) -> Path:
+        """What is written for people."""
+        return self.root / "reports"
+
+    @property
+    def results(self) -> Path:
+        """The table that every figure and every other table is drawn from."""
+        return self.reports / "results.csv"
+
+    @property
+    def targets(self) -> Path:
+        """The papers' claims."""
+        return self.reports / "targets.yaml"
+
+    @property
+    def locks(self) -> Path:
+        """Locks of the outputs being written."""
+        return self.root / "artifacts" / ".locks"
+
+    @property
+    def progress(self) -> Path:
+        """Progress of running tasks."""
+        return self.root / "artifacts" / ".progress"
+
+    def data(self, experiment: str) -> Path:
+        """The prepared data set of an experiment."""
+        return self.root / "data" / f"{experiment}.safetensors"
+
+    def artifacts(self, experiment: str) -> Path:
+        """All that is made for an experiment."""
+        return self.root / "artifacts" / experiment
+
+    def vae(self, experiment: str, seed: int) -> Path:
+        """The trained VAE."""
+        return self.artifacts(experiment) / "vae" / f"seed-{seed}.safetensors"
+
+    def prior(self, experiment: str, prior: str, seed: int, k: int) -> Path:
+        """One group of a learned prior."""
+        return self.artifacts(experiment) / "priors" / prior / f"seed-{seed}" / f"k{k:02d}.safetensors"
+
+    def samples(self, experiment: str, prior: str, sampler: str, seed: int) -> Path:
+        """What a sampler drew from a prior."""
+        return self.artifacts(experiment) / "samples" / f"{prior}+{sampler}" / f"seed-{seed}.safetensors"
+
+    def evaluation(self, experiment: str) -> Path:
+        """The measured numbers of an experiment, and the network that features are taken from."""
+        return self.artifacts(experiment) / "evaluation"

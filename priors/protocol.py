@@ -1,0 +1,119 @@
+"""What a prior method is: one class for one latent group.
+
+The groups of a hierarchical model are corrected independently of each other, so a method says what it does to *one* group,
+given the shapes of that group's latent variable and context. :class:`Prior` puts the groups together.
+
+A new method is a subclass of :class:`GroupPrior` (nothing to learn), :class:`FittedPrior` (fitted to posterior samples) or
+:class:`TrainedPrior` (trained by gradient descent), in a file of its own, and a line in ``priors/registry.py``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from models.distributions import Distribution
+from models.protocol import Group, HierarchicalVAE
+from runtime import options
+from runtime.training import Terms
+
+
+class GroupPrior(nn.Module):
+    """The prior of one group: base(z | c) r(z, c) / Z(c). This class corrects nothing: it is the base itself."""
+
+    exact: ClassVar[bool] = True  # r = 1: the density needs no normaliser, and the base can be sampled directly
+
+    class Options(options.Options):
+        """Settings of the method, as they stand in params.yaml."""
+
+    def __init__(self, options: Options, group: Group):
+        super().__init__()
+        self.options, self.group = options, group
+
+    def base(self, below: Distribution, context: Tensor) -> Distribution:  # noqa: ARG002
+        """The base density over (batch, *latent). ``below`` is the model's own prior, or the prior this one is put on."""
+        return below
+
+    def log_ratio(self, z: Tensor, context: Tensor) -> Tensor:  # noqa: ARG002
+        """log r(z, c) in nats, unnormalised.
+
+        Args:
+            z: (*lead, batch, *latent shape).
+            context: (batch, *context shape), shared by the leading dimensions of z.
+
+        Returns:
+            Shape (*lead, batch).
+        """
+        return z.new_zeros(z.shape[: z.dim() - len(self.group.latent)])
+
+
+class FittedPrior(GroupPrior, ABC):
+    """A prior that is fitted in one go to samples of the aggregate posterior."""
+
+    class Options(GroupPrior.Options):
+        """``codes``: number of posterior samples to fit to, drawn ``batch`` images at a time."""
+
+        codes: Annotated[int, Field(ge=2)] = 5000
+        batch: Annotated[int, Field(ge=1)] = 500
+
+    options: Options
+
+    @abstractmethod
+    def fit(self, codes: Tensor, seed: int) -> None:
+        """Set the buffers from z ~ q(z_k), shape (codes, *latent shape)."""
+
+
+class TrainedPrior(GroupPrior, ABC):
+    """A prior that is trained by gradient descent, on pairs of a posterior and a base sample in the same context."""
+
+    class Options(GroupPrior.Options):
+        """Adam, cosine from ``learning_rate`` to ``final_learning_rate``, on ``batch`` images for each of ``steps``."""
+
+        steps: Annotated[int, Field(ge=1)]
+        batch: Annotated[int, Field(ge=2)]
+        learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+        final_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
+
+    options: Options
+
+    @abstractmethod
+    def loss(self, posterior: Tensor, base: Tensor, context: Tensor, step: int) -> Terms:
+        """Named terms of the loss.
+
+        Args:
+            posterior: z ~ q(z_k | z_<k, x), shape (batch, *latent shape).
+            base: z ~ base(z_k | c_k), shape (batch, *latent shape).
+            context: c_k, shape (batch, *context shape).
+            step: number of steps made so far.
+        """
+
+
+class Prior:
+    """A learned prior over all groups of a model (a ``models.protocol.LearnedPrior``).
+
+    Args:
+        model: the VAE, frozen.
+        groups: one GroupPrior per group.
+        below: the prior whose base this one corrects; None for the model's own. It must be exact.
+    """
+
+    def __init__(self, model: HierarchicalVAE, groups: Sequence[GroupPrior], below: "Prior | None" = None):
+        self.model, self.groups, self.below = model, groups, below
+        self.exact = all(group.exact for group in groups)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def base(self, k: int, context: Tensor) -> Distribution:
+        """The distribution that r corrects, over (batch, *latent shape of k)."""
+        below = self.model.prior(k, context) if self.below is None else self.below.base(k, context)
+        return self.groups[k].base(below, context)
+
+    def log_ratio(self, k: int, z: Tensor, context: Tensor) -> Tensor:
+        """log r(z, c): z (*lead, batch, *latent shape of k), context (batch, …), result (*lead, batch), nats."""
+        return self.groups[k].log_ratio(z, context)

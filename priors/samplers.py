@@ -1,0 +1,178 @@
+"""How to draw from a learned prior, group by group: ancestral, sampling-importance-resampling, Langevin.
+
+A sampler sees a prior's base and log r, and nothing of the method behind them.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from models.protocol import LearnedPrior
+from runtime import options
+from runtime.randomness import Noise
+
+Streams = Callable[[str], Noise]
+"""streams(purpose) is a noise source for the rows at hand; each purpose has its own stream."""
+
+ESS_FLOOR = 10.0
+"""Proposals. Below so small an effective sample size, resampling hands out a few of its proposals again and again."""
+
+PROPOSALS_AT_ONCE = 100
+"""Proposals scored together. Part of the definition of the draws: a stream's numbers depend on how it is read."""
+
+
+@dataclass
+class GroupDraw:
+    """What a sampler drew for one group, with its diagnostics, one number per row.
+
+    Attributes:
+        z: (batch, *latent shape).
+        ess: effective sample size of the draw as a fraction of its proposals, in (0, 1]; (batch,).
+        proposals: how many times r was evaluated, (batch,).
+        acceptance: share of Metropolis proposals accepted, 1 where there is no such step; (batch,).
+    """
+
+    z: Tensor
+    ess: Tensor
+    proposals: Tensor
+    acceptance: Tensor
+
+
+class Sampler(ABC):
+    """Draws z_k from a prior in a context."""
+
+    weighs: ClassVar[bool] = False  # whether it weighs proposals against each other, so that an ESS means something
+
+    class Options(options.Options):
+        """Settings of the sampler, as they stand in params.yaml."""
+
+    def __init__(self, options: Options):
+        self.options = options
+
+    @property
+    def accepts(self) -> bool:
+        """Whether it accepts or refuses steps, so that an acceptance rate means something."""
+        return False
+
+    def refuses(self, exact: bool) -> str | None:  # noqa: ARG002
+        """Why this sampler cannot draw from a prior that is exact or not, and what can; None if it can."""
+        return None
+
+    @abstractmethod
+    def draw(self, prior: LearnedPrior, k: int, context: Tensor, streams: Streams) -> GroupDraw:
+        """Draw group k in the contexts (batch, …)."""
+
+
+class Ancestral(Sampler):
+    """z_k from the base itself: exact where the prior corrects nothing."""
+
+    def refuses(self, exact: bool) -> str | None:
+        """A prior that corrects its base has no direct sampler."""
+        return None if exact else "ancestral sampling would ignore its ratio; use sir or langevin"
+
+    def draw(self, prior: LearnedPrior, k: int, context: Tensor, streams: Streams) -> GroupDraw:
+        """One draw from the base."""
+        z = prior.base(k, context).draw(streams("base"))
+        ones = z.new_ones(len(context))
+        return GroupDraw(z, ones, torch.zeros_like(ones), ones)
+
+
+class SIR(Sampler):
+    """M proposals from the base, one kept with probability proportional to r.
+
+    The one kept is the argmax of log r + Gumbel noise, so the proposals stream through in constant memory.
+    """
+
+    weighs = True
+
+    class Options(Sampler.Options):
+        """``proposals``: M."""
+
+        proposals: Annotated[int, Field(ge=1)]
+
+    options: Options
+
+    def draw(self, prior: LearnedPrior, k: int, context: Tensor, streams: Streams) -> GroupDraw:
+        """Stream the proposals through, keeping the running winner and the running sums of w and w²."""
+        rows, total = len(context), self.options.proposals
+        base, proposing, choosing = prior.base(k, context), streams("proposals"), streams("gumbel")
+        best = context.new_full((rows,), -math.inf, dtype=torch.float32)
+        log_sum, log_sum_squares = best.clone(), best.clone()
+        kept = torch.empty(0)
+        for first in range(0, total, PROPOSALS_AT_ONCE):
+            count = min(PROPOSALS_AT_ONCE, total - first)
+            z = base.draw(proposing, (count,))
+            log_r = prior.log_ratio(k, z, context).float()
+            keys, winner = (log_r + choosing.gumbel((count,), (rows,))).max(0)
+            candidate = z[winner, torch.arange(rows, device=z.device)]
+            better = (keys > best).view(-1, *[1] * (candidate.dim() - 1))
+            kept = candidate if first == 0 else torch.where(better, candidate, kept)
+            best = torch.maximum(best, keys)
+            log_sum = torch.logaddexp(log_sum, log_r.logsumexp(0))
+            log_sum_squares = torch.logaddexp(log_sum_squares, (2 * log_r).logsumexp(0))
+        ess = (2 * log_sum - log_sum_squares).exp() / total
+        return GroupDraw(kept, ess, torch.full_like(ess, total), torch.ones_like(ess))
+
+
+class Langevin(Sampler):
+    """z ← z − (ε/2) V ∇E + (ε V)^½ η with E = −log r − log base, started from the base.
+
+    V is the variance of the base, coordinate by coordinate, so that ε means the same in a sharp conditional prior as in
+    N(0, I). With ``metropolis`` each step is accepted or refused (MALA), and the chain's stationary law is exact.
+    """
+
+    class Options(Sampler.Options):
+        """``steps``; ``step_size``: ε, in units of the base's variance; ``metropolis``: correct each step."""
+
+        steps: Annotated[int, Field(ge=1)]
+        step_size: Annotated[float, Field(gt=0)]
+        metropolis: bool = False
+
+    options: Options
+
+    @property
+    def accepts(self) -> bool:
+        """With the Metropolis correction."""
+        return self.options.metropolis
+
+    def draw(self, prior: LearnedPrior, k: int, context: Tensor, streams: Streams) -> GroupDraw:
+        """Run one chain per row; its last state is the draw."""
+        step, base = self.options.step_size, prior.base(k, context)
+        variance, moving, judging = base.variance, streams("langevin"), streams("metropolis")
+
+        def forward_mean(z: Tensor) -> tuple[Tensor, Tensor]:
+            """log density up to a constant, and the mean of the next state."""
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                log_density = prior.log_ratio(k, z, context).float() + base.log_prob(z)
+                (gradient,) = torch.autograd.grad(log_density.sum(), z)
+            return log_density.detach(), z.detach() + step / 2 * variance * gradient
+
+        def log_transition(to: Tensor, mean: Tensor) -> Tensor:
+            return -((to - mean) ** 2 / (2 * step * variance)).flatten(1).sum(1)
+
+        z = base.draw(streams("base")).detach()
+        log_density, mean = forward_mean(z)
+        accepted = torch.zeros_like(log_density)
+        for _ in range(self.options.steps):
+            proposal = mean + (step * variance).sqrt() * moving.normal((), tuple(z.shape))
+            new_log_density, new_mean = forward_mean(proposal)
+            accept = torch.ones_like(log_density, dtype=torch.bool)
+            if self.options.metropolis:
+                odds = new_log_density - log_density + log_transition(z, new_mean) - log_transition(proposal, mean)
+                accept = judging.uniform((), (len(z),)).log() < odds
+            wide = accept.view(-1, *[1] * (z.dim() - 1))
+            z, mean = torch.where(wide, proposal, z), torch.where(wide, new_mean, mean)
+            log_density = torch.where(accept, new_log_density, log_density)
+            accepted += accept
+        ones = torch.ones_like(accepted)
+        return GroupDraw(z, ones, ones * (self.options.steps + 1), accepted / self.options.steps)
+
+
+SAMPLERS: dict[str, type[Sampler]] = {"ancestral": Ancestral, "sir": SIR, "langevin": Langevin}

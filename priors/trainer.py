@@ -1,0 +1,136 @@
+"""Stage 2: with the VAE frozen, learn the priors of any subset of its groups from shared passes.
+
+One pass of the frozen VAE over a batch yields, for every group, its context, a posterior sample and a base sample, and
+each group's draws have a stream of their own. So a group learns the same whether it is trained alone, with some of the
+others, or with all of them, and the VAE is run once per step however many groups there are.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from datasets.dataset import Dataset
+from models.protocol import by_posterior, descend
+from priors.protocol import FittedPrior, GroupPrior, Prior, TrainedPrior
+from runtime import checkpoints
+from runtime.identity import Identity
+from runtime.progress import Report, silent
+from runtime.randomness import Noise
+from runtime.training import Terms, Trainee, cosine, train
+
+
+@dataclass
+class Pair:
+    """One group's part of a pass: ``posterior`` and ``base`` samples (batch, *latent) in ``context`` (batch, …)."""
+
+    posterior: Tensor
+    base: Tensor
+    context: Tensor
+
+
+@torch.no_grad()
+def pairs(below: Prior, x: Tensor, seed: int, purpose: str, step: int = 0) -> list[Pair]:
+    """Posterior and base samples of every group, in the contexts that a posterior pass over x goes through.
+
+    Args:
+        below: the base to draw from, and the frozen model.
+        x: (batch, *data shape).
+        seed, purpose, step: name the draws, together with the group.
+    """
+    device, found = x.device, []
+    by_q = by_posterior(below.model, x, lambda k: Noise(seed, f"{purpose}-posterior", k, step, device=device))
+
+    def choose(k: int, context: Tensor) -> Tensor:
+        z = by_q(k, context)
+        base = below.base(k, context).draw(Noise(seed, f"{purpose}-base", k, step, device=device))
+        found.append(Pair(z, base, context))
+        return z
+
+    descend(below.model, len(x), choose)
+    return found
+
+
+@dataclass
+class Slot:
+    """One group to learn: its index, its prior (on the model's device), where it is kept and what it is made from."""
+
+    k: int
+    prior: GroupPrior
+    path: Path
+    identity: Identity
+
+
+def learn(below: Prior, slots: Sequence[Slot], dataset: Dataset, report: Report = silent) -> None:
+    """Learn some groups of one prior, each to its finished checkpoint; what is finished already is kept.
+
+    Args:
+        below: the base that the prior corrects, with the frozen model in eval mode.
+        slots: the groups to learn, all of one method with the same options and seed.
+        dataset: examples come from its training split.
+        report: told of the progress.
+
+    Raises:
+        NonFiniteLossError: naming the group and the term that broke.
+        UserError: a checkpoint could not be written.
+    """
+    if isinstance(slots[0].prior, TrainedPrior):
+        _train(below, slots, slots[0].prior.options, dataset, report)
+    else:
+        _fit(below, slots, dataset, report)
+
+
+def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, dataset: Dataset, report: Report) -> None:
+    device, seed = below.device, slots[0].identity.seed
+    rate = cosine(options.learning_rate, options.final_learning_rate, options.steps)
+    slot_of = {f"group {slot.k}": slot for slot in slots}
+    trainees = [
+        Trainee(name, slot.prior, torch.optim.Adam(slot.prior.parameters(), fused=True), rate, slot.path, slot.identity)
+        for name, slot in slot_of.items()
+    ]
+
+    def losses(step: int, active: Sequence[Trainee]) -> list[Terms]:
+        found = pairs(below, dataset.train_batch(options.batch, seed, step).to(device), seed, "prior", step)
+        return [_loss(slot_of[trainee.name], found, step) for trainee in active]
+
+    for slot in slots:
+        slot.prior.train()
+    train(trainees, options.steps, losses, report)
+    for trainee in trainees:
+        if trainee.finished is None:
+            trainee.finish()
+        trainee.module.eval()
+
+
+def _loss(slot: Slot, found: Sequence[Pair], step: int) -> Terms:
+    assert isinstance(slot.prior, TrainedPrior)
+    pair = found[slot.k]
+    return slot.prior.loss(pair.posterior, pair.base, pair.context, step)
+
+
+def _fit(below: Prior, slots: Sequence[Slot], dataset: Dataset, report: Report) -> None:
+    for done, slot in enumerate(slots):
+        stored = checkpoints.load_current(slot.path, slot.identity)
+        if stored is not None:
+            checkpoints.restore(slot.prior, stored[0], slot.path)
+            continue
+        started = time.monotonic()
+        if isinstance(slot.prior, FittedPrior):
+            codes = _codes(below, slot.k, slot.prior.options, dataset, slot.identity.seed)
+            slot.prior.fit(codes, slot.identity.seed)
+        checkpoints.save(
+            slot.path, slot.prior.state_dict(), slot.identity, step=0, seconds=time.monotonic() - started, history=[]
+        )
+        report(done + 1, len(slots), "fitted")
+
+
+def _codes(below: Prior, k: int, options: FittedPrior.Options, dataset: Dataset, seed: int) -> Tensor:
+    """Posterior samples of group k, (codes, *latent), a batch of training examples at a time."""
+    parts = []
+    for step in range(-(-options.codes // options.batch)):
+        x = dataset.train_batch(options.batch, seed, step).to(below.device)
+        parts.append(pairs(below, x, seed, "codes", step)[k].posterior)
+    return torch.cat(parts)[: options.codes]
