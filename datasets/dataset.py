@@ -62,7 +62,9 @@ class Dataset:
             return self.spec.fresh(size, stream)
         images = self._tensors["train"]
         if size > len(images):
-            raise UserError(f"a batch of {size} does not fit the {len(images)} training examples of {self.name}; lower batch")
+            raise UserError(
+                f"a batch of {size} does not fit the {len(images)} training examples of {self.name}; lower batch"
+            )
         epoch, position = divmod(step, len(images) // size)
         chosen = images[_permutation(len(images), seed, epoch)[position * size : (position + 1) * size]]
         return self._as_examples(_shifted(chosen, self.spec.shift, stream), stream)
@@ -99,4 +101,6 @@ def _shifted(images: Tensor, shift: int, stream: torch.Generator) -> Tensor:
     down, right = torch.randint(2 * shift + 1, (2, count), generator=stream)
     rows = (torch.arange(height) + down[:, None])[:, None, :, None]
     columns = (torch.arange(width) + right[:, None])[:, None, None, :]
-    return padded[torch.arange(count)[:, None, None, None], torch.arange(images.shape[1])[None, :, None, None], rows, columns]
+    return padded[
+        torch.arange(count)[:, None, None, None], torch.arange(images.shape[1])[None, :, None, None], rows, columns
+    ]

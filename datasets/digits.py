@@ -22,4 +22,6 @@ def prepare(raw: Path) -> dict[str, Tensor]:  # noqa: ARG001 (nothing is downloa
     rest, test = train_test_split(range(len(images)), test_size=400, random_state=0, stratify=labels)
     train, validation = train_test_split(rest, test_size=200, random_state=0, stratify=labels[rest])
     splits = {"train": train, "validation": validation, "test": test}
-    return {split: images[rows] for split, rows in splits.items()} | {f"{s}-labels": labels[rows] for s, rows in splits.items()}
+    return {split: images[rows] for split, rows in splits.items()} | {
+        f"{s}-labels": labels[rows] for s, rows in splits.items()
+    }

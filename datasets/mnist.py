@@ -59,7 +59,9 @@ def _from_mirror(source: Path, target: Path, checksum: str) -> None:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{source} is corrupt or partial ({error}); replace it in the mirror and fetch again") from error
     if hashlib.md5(content).hexdigest() != checksum:
-        raise UserError(f"{source} is not the original (its contents' md5 differs); replace it in the mirror and fetch again")
+        raise UserError(
+            f"{source} is not the original (its contents' md5 differs); replace it in the mirror and fetch again"
+        )
     with atomic_path(target) as temporary:
         temporary.write_bytes(content)
 

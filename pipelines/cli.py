@@ -20,7 +20,9 @@ app = typer.Typer(
 Name = Annotated[str, typer.Argument(help="Experiment, as named in params.yaml.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
 Threads = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_THREADS", help="CPU threads of each task.")]
-Workers = Annotated[int, typer.Option(min=0, envvar="PRIORHOLE_WORKERS", help="Tasks side by side; 0: as many as the cores allow.")]
+Workers = Annotated[
+    int, typer.Option(min=0, envvar="PRIORHOLE_WORKERS", help="Tasks side by side; 0: as many as the cores allow.")
+]
 Shards = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_SHARDS", help="Parts into which a prior's groups are dealt; above 1 they are Ray tasks (RAY_ADDRESS names a cluster).")]  # fmt: skip
 Gpus = Annotated[float, typer.Option(min=0, help="GPUs of each shard.")]
 
@@ -48,7 +50,9 @@ def list_experiments() -> None:
     for name, experiment in config.experiments.items():
         star = "*" if name in config.run else " "
         priors = ", ".join(experiment.priors)
-        typer.echo(f"{star} {name}: {experiment.dataset}, {experiment.model.name}, {len(experiment.seeds)} seeds; priors {priors}")
+        typer.echo(
+            f"{star} {name}: {experiment.dataset}, {experiment.model.name}, {len(experiment.seeds)} seeds; priors {priors}"
+        )
 
 
 @app.command()
@@ -65,7 +69,12 @@ def train_vae(experiment: Name, threads: Threads = 1, workers: Workers = 0, dry_
 
 @app.command()
 def train_prior(
-    experiment: Name, threads: Threads = 1, workers: Workers = 0, shards: Shards = 1, gpus: Gpus = 0.0, dry_run: DryRun = False
+    experiment: Name,
+    threads: Threads = 1,
+    workers: Workers = 0,
+    shards: Shards = 1,
+    gpus: Gpus = 0.0,
+    dry_run: DryRun = False,
 ) -> None:
     """Stage 2: learn the priors with the VAEs frozen. Goes on from where it was stopped."""
     _show(experiment) if dry_run else _pipeline(threads, workers, shards, gpus).train_prior(experiment)
@@ -102,7 +111,18 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this ma
     """Browse the runs in MLflow's UI."""
     from pipelines.tracking import store
 
-    command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--port", str(port), "--backend-store-uri", store(Path.cwd())]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--workers",
+        "1",
+        "--port",
+        str(port),
+        "--backend-store-uri",
+        store(Path.cwd()),
+    ]
     raise typer.Exit(subprocess.call(command))
 
 

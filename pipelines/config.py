@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
@@ -33,9 +33,12 @@ def _choice(key: str, registry: Mapping[str, Any], **common: Any) -> Any:
     return Annotated[Union[tuple(members)], Field(discriminator=key)]  # noqa: UP007 (built at run time)
 
 
-ModelChoice = _choice("name", MODELS)
-PriorChoice = _choice("method", PRIORS, base=(str | None, None), samplers=(list[str], ...))
-SamplerChoice = _choice("method", SAMPLERS)
+if TYPE_CHECKING:
+    ModelChoice = PriorChoice = SamplerChoice = Any
+else:
+    ModelChoice = _choice("name", MODELS)
+    PriorChoice = _choice("method", PRIORS, base=(str | None, None), samplers=(list[str], ...))
+    SamplerChoice = _choice("method", SAMPLERS)
 
 
 class SampleOptions(Options):

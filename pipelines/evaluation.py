@@ -1,6 +1,6 @@
 """Everything that is measured of one seed of one experiment, as rows of the results table."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from pipelines.results import Row
 from pipelines.work import Seeded, under_floor
 from priors.registry import PRIORS
 from priors.samplers import SAMPLERS
-from runtime import checkpoints, hardware
+from runtime import hardware
 from runtime.blocks import in_blocks
 from runtime.files import exclusive
 from runtime.identity import Identity, revision, source_digest
@@ -74,13 +74,12 @@ class Evaluation:
         of_samplers = {experiment.samplers[name].proposals for name in used if experiment.samplers[name].method == "sir"}
         return options.model_copy(update={"proposals": sorted({*options.proposals, *of_samplers})})
 
-    def _measured(self, options: LikelihoodOptions) -> dict[str, Tensor]:
-        """Per-example log-likelihoods and NCE losses, kept on disk block by block."""
+    def _measured(self, options: LikelihoodOptions) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Per-example log-likelihoods and NCE losses, kept on disk block by block, and the error of each prior's pool."""
         at, device = self.at, hardware.device()
         priors = {name: at.prior(name) for name in at.experiment.priors}
         corrected = {name: prior for name, prior in priors.items() if not prior.exact}
         pools = {name: fill_pool(at.vae, prior, at.seed) for name, prior in corrected.items()}
-        self._pool_error = {name: pool.log_z[1] for name, pool in pools.items()}
 
         def compute(rows: range) -> dict[str, Tensor]:
             x = self._examples[rows.start : rows.stop].to(device)
@@ -95,11 +94,12 @@ class Evaluation:
         source = source_digest("metrics.likelihood", *(PRIORS[p.method].__module__ for p in at.experiment.priors.values()))
         identity = Identity(at.name, at.seed, config | {"examples": len(self._examples)}, source)
         path = at.workspace.evaluation(at.name) / f"likelihood-seed-{at.seed}.safetensors"
-        return in_blocks(path, identity, len(self._examples), at.experiment.evaluate.batch, compute, self.report)
+        found = in_blocks(path, identity, len(self._examples), at.experiment.evaluate.batch, compute, self.report)
+        return found, {name: pool.log_z[1] for name, pool in pools.items()}
 
     def _likelihoods(self) -> Iterator[Row]:
         options = self._likelihood_options()
-        found = self._measured(options)
+        found, pool_errors = self._measured(options)
         samplers = {s.proposals: name for name, s in self.at.experiment.samplers.items() if s.method == "sir"}
         for key, values in found.items():
             prior, _, what = key.partition("/")
@@ -107,7 +107,7 @@ class Evaluation:
                 continue
             kind, _, detail = what.partition("/")
             value, stderr, n = mean_and_error(values)
-            pool_error = self._pool_error.get(prior, 0.0)
+            pool_error = pool_errors.get(prior, 0.0)
             if kind in ("nce-loss", "log-z"):
                 yield self._row(prior, what, value, stderr, n)
                 continue
@@ -177,7 +177,7 @@ class Evaluation:
         if at.experiment.evaluate.features is not None:
             network, reference = self._network, self._reference
             name = f"{network.name}@{network.digest[:8]}; {at.experiment.sample.decoding} decoding"
-            ours = network(x.to(hardware.device())).cpu()
+            ours = network(x)
             for metric, measure in (("fid", frechet.fid), ("kid", kid.kid)):
                 value, stderr = measure(ours, reference, at.seed)
                 yield self._row(prior, f"{metric}-{network.name}-{len(x)}", value, stderr, len(x), features=name)
@@ -198,7 +198,7 @@ class Evaluation:
 
     @cached_property
     def _reference(self) -> Tensor:
-        return self._network(self.at.dataset.images("train").to(hardware.device())).cpu()
+        return self._network(self.at.dataset.images("train"))
 
 
 def _bandwidths(values: list[float]) -> str:
@@ -210,9 +210,13 @@ def _features_identity(at: Seeded) -> Identity:
 
 
 def load_features(at: Seeded, report: Report) -> features.FeatureNetwork:
-    """The experiment's feature network; a small classifier is trained on the training images where that is what it is."""
+    """The experiment's feature network; the small classifier is trained, or found trained, on the training images."""
+    name, data = at.experiment.evaluate.features, at.dataset
+    if name in features.INCEPTIONS:
+        return features.INCEPTIONS[name]()
     path = at.workspace.evaluation(at.name) / "features.safetensors"
-    return features.load(at.experiment.evaluate.features, at.dataset, path, _features_identity(at), report)
+    training, held_out = (features.Labelled(data.images(split), data.labels(split)) for split in ("train", "validation"))
+    return features.OwnClassifier(data.name, training, held_out, path, _features_identity(at), report)
 
 
 def features_task(report: Report, at: Seeded) -> None:

@@ -119,7 +119,9 @@ def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[A
     try:
         present = ray.cluster_resources().get("GPU", 0)
         if machine.gpus > present:  # Ray itself would wait for ever
-            raise UserError(f"each shard asks for {machine.gpus:g} GPU, the cluster has {present:g}; lower --gpus or add a node")
+            raise UserError(
+                f"each shard asks for {machine.gpus:g} GPU, the cluster has {present:g}; lower --gpus or add a node"
+            )
         remote = ray.remote(num_cpus=machine.threads, num_gpus=machine.gpus, max_retries=3)(_call)
         references = [remote.remote(*call) for call in calls]
         ray.wait(references, num_returns=len(references))
@@ -128,7 +130,9 @@ def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[A
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
         except ray.exceptions.WorkerCrashedError as error:
-            raise UserError("a shard was killed repeatedly; run the same command again: it goes on from its checkpoints") from error
+            raise UserError(
+                "a shard was killed repeatedly; run the same command again: it goes on from its checkpoints"
+            ) from error
     finally:
         ray.shutdown()
 
@@ -158,7 +162,13 @@ def _bars(tasks: Sequence[tuple[str, Path]], stop: threading.Event) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as bars:
         rows = [(bars.add_task(name, total=None, note=""), path) for name, path in tasks]
         while True:

@@ -1,17 +1,15 @@
 """The figures of the report. Numbers come from results.csv alone; pictures of samples and latents from the artifacts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import spearmanr
 
 from datasets.registry import Truth, spec
 from models.protocol import by_posterior, descend
-from pipelines.config import BASELINE
 from pipelines.work import Seeded
 from runtime import hardware
 from runtime.errors import UserError
@@ -110,7 +108,13 @@ def _nce_against_ess(experiment: str, frame: pd.DataFrame) -> Figure | None:
     figure, (axis,) = _panels(1, 5.0)
     for (prior, sampler), points in both.groupby(["prior", "sampler_ess"]):
         axis.errorbar(
-            points.value_loss, points.value_ess, points.interval_ess, points.interval_loss, "o", capsize=3, label=f"{prior} by {sampler}"
+            points.value_loss,
+            points.value_ess,
+            points.interval_ess,
+            points.interval_loss,
+            "o",
+            capsize=3,
+            label=f"{prior} by {sampler}",
         )
     axis.axvline(2 * np.log(2), linestyle=":", color="0.5")
     axis.annotate("chance", (2 * np.log(2), 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, ha="right")
@@ -133,7 +137,11 @@ def _hole(at: Seeded, corrected: str) -> Figure:
 
     descend(at.vae, len(x), choose)
     sampler = next(name for name in at.experiment.priors[corrected].samplers if name.startswith("sir"))
-    best = max((n for n in at.experiment.priors[corrected].samplers if at.experiment.samplers[n].method == "sir"), key=lambda n: at.experiment.samplers[n].proposals, default=sampler)
+    best = max(
+        (n for n in at.experiment.priors[corrected].samplers if at.experiment.samplers[n].method == "sir"),
+        key=lambda n: at.experiment.samplers[n].proposals,
+        default=sampler,
+    )
     drawn = at.samples(corrected, best)["z/k00"]
     ticks = torch.linspace(-PLANE, PLANE, 301)
     plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).view(-1, 1, 2).to(device)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import dataset as data
-from pipelines import fanout, results, tracking
+from pipelines import claims, fanout, report, results, tracking
 from pipelines.config import Config, Experiment, plain, read, validate
 from pipelines.evaluation import evaluation_task, features_task
 from pipelines.fanout import Machine, Task
@@ -55,8 +55,13 @@ class Pipeline:
         experiment, seeds = self._seeds(name)
         _prune(self.workspace.artifacts(name) / "vae", [f"seed-{seed}" for seed in experiment.seeds])
         documents = self._run("train-vae", name, [Task(f"VAE, seed {at.seed}", vae_task, {"at": at}) for at in seeds])
-        runs = {at.seed: {"loss": one["history"], "train-seconds": one["seconds"]} for at, one in zip(seeds, documents, strict=True)}
-        tracking.record(self.root, "train-vae", name, runs, {"model": plain(experiment.model), "train": plain(experiment.train)})
+        runs = {
+            at.seed: {"loss": one["history"], "train-seconds": one["seconds"]}
+            for at, one in zip(seeds, documents, strict=True)
+        }
+        tracking.record(
+            self.root, "train-vae", name, runs, {"model": plain(experiment.model), "train": plain(experiment.train)}
+        )
 
     def train_prior(self, name: str) -> None:
         """Stage 2: learn every prior of every seed, its groups dealt over the shards. A base comes before what is put on it."""
@@ -70,21 +75,27 @@ class Pipeline:
         for wave in sorted(set(depth.values())):
             chosen = [(at, prior, shard) for prior in depth if depth[prior] == wave for at in seeds for shard in shards]
             tasks = [
-                Task(f"{prior}, seed {at.seed}, groups {shard}", prior_task, {"at": at.fresh(), "prior": prior, "groups": shard})
+                Task(
+                    f"{prior}, seed {at.seed}, groups {shard}",
+                    prior_task,
+                    {"at": at.fresh(), "prior": prior, "groups": shard},
+                )
                 for at, prior, shard in chosen
             ]
             self._run(f"train-prior-{wave}", name, tasks)
         runs = {at.seed: _learning_curves(at, experiment, groups) for at in seeds}
-        tracking.record(self.root, "train-prior", name, runs, {"priors": {k: plain(v) for k, v in experiment.priors.items()}})
+        tracking.record(
+            self.root, "train-prior", name, runs, {"priors": {k: plain(v) for k, v in experiment.priors.items()}}
+        )
 
     def sample(self, name: str) -> None:
         """Draw samples of every prior by each of its samplers, for every seed."""
         experiment, seeds = self._seeds(name)
-        chosen = [(prior, sampler) for prior, options in experiment.priors.items() for sampler in options.samplers]
+        chosen = seeds[0].draws()
         _prune(self.workspace.artifacts(name) / "samples", [f"{prior}+{sampler}" for prior, sampler in chosen])
         keys = [(at, prior, sampler) for prior, sampler in chosen for at in seeds]
         tasks = [
-            Task(f"{prior} by {sampler}, seed {at.seed}", sample_task, {"at": at, "prior": prior, "sampler": sampler})
+            Task(f"{prior} by {sampler}, seed {at.seed}", sample_task, {"at": at.fresh(), "prior": prior, "sampler": sampler})
             for at, prior, sampler in keys
         ]
         shares = self._run("sample", name, tasks)
@@ -98,15 +109,39 @@ class Pipeline:
         """Measure everything; the rows go to the experiment's own table."""
         experiment, seeds = self._seeds(name)
         if experiment.evaluate.features is not None:
-            self._run("features", name, [Task("feature network", features_task, {"at": seeds[0]})])
+            self._run("features", name, [Task("feature network", features_task, {"at": seeds[0].fresh()})])
         tasks = [Task(f"evaluation, seed {at.seed}", evaluation_task, {"at": at.fresh()}) for at in seeds]
         found = self._run("evaluate", name, tasks)
-        results.write(self.workspace.evaluation(name) / "results.csv", [row for rows in found for row in rows])
+        results.write(
+            self.workspace.evaluation(name) / "results.csv", results.frame([row for rows in found for row in rows])
+        )
         runs = {
             at.seed: {"/".join(filter(None, (row.prior, row.sampler, row.metric))): row.value for row in rows}
             for at, rows in zip(seeds, found, strict=True)
         }
         tracking.record(self.root, "evaluate", name, runs, {"evaluate": plain(experiment.evaluate)})
+
+    def report(self) -> list[Path]:
+        """Gather the results, judge the claims, draw the figures. Returns the files written."""
+        from pipelines import figures
+
+        config, raw, judged = self.config, read(self.workspace.params), claims.load(self.workspace.targets)
+        table = report.gather(self.workspace, config, judged)
+        written = report.write(self.workspace, table, claims.judge(judged, table))
+        folder = self.workspace.reports / "figures"
+        written += figures.of_results(results.over_seeds(table), folder)
+        for name, experiment in config.experiments.items():
+            written += figures.of_artifacts(Seeded(raw, name, experiment.seeds[0], self.root), folder)
+        return written
+
+    def compare(self) -> bool:
+        """Print what the results say of the papers' claims. Returns whether a tested claim failed."""
+        from rich.console import Console
+
+        judged = claims.load(self.workspace.targets)
+        verdicts = claims.judge(judged, results.read(self.workspace.results, "priorhole report"))
+        Console(width=None if sys.stdout.isatty() else 160).print(claims.console(verdicts))
+        return any(verdict.failed for verdict in verdicts)
 
 
 def _prune(folder: Path, keep: Iterable[str]) -> None:

@@ -10,10 +10,15 @@ from typing import Any
 from runtime.files import exclusive
 from runtime.identity import revision
 
-STORE = "sqlite:///mlruns.db"
+
+def store(root: Path) -> str:
+    """The tracking store: MLFLOW_TRACKING_URI, or an SQLite file in the workspace."""
+    return os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlruns.db'}")
 
 
-def record(root: Path, stage: str, experiment: str, runs: Mapping[int, Mapping[str, Any]], params: Mapping[str, Any]) -> None:
+def record(
+    root: Path, stage: str, experiment: str, runs: Mapping[int, Mapping[str, Any]], params: Mapping[str, Any]
+) -> None:
     """Log one run per seed.
 
     Args:
@@ -28,7 +33,9 @@ def record(root: Path, stage: str, experiment: str, runs: Mapping[int, Mapping[s
         print(f"warning: this stage was not recorded in MLflow: {str(error).splitlines()[0]}", file=sys.stderr)
 
 
-def _record(root: Path, stage: str, experiment: str, runs: Mapping[int, Mapping[str, Any]], params: Mapping[str, Any]) -> None:
+def _record(
+    root: Path, stage: str, experiment: str, runs: Mapping[int, Mapping[str, Any]], params: Mapping[str, Any]
+) -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a checkout without git is fine
     import logging
@@ -44,7 +51,7 @@ def _record(root: Path, stage: str, experiment: str, runs: Mapping[int, Mapping[
         "dvc.lock": hashlib.md5(lock.read_bytes()).hexdigest() if lock.exists() else "none",
         "git.revision": revision(),
     }
-    client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", STORE))
+    client = mlflow.MlflowClient(store(root))
     with exclusive(root / "artifacts" / ".locks", "mlflow"):  # two first users of a new store would break its migration
         found = client.get_experiment_by_name(experiment)
         identifier = found.experiment_id if found else client.create_experiment(experiment, str(root / "mlruns"))

@@ -46,7 +46,9 @@ class Seeded:
     name: str
     seed: int
     root: Path
-    _groups: dict[tuple[str, int], tuple[GroupPrior, dict[str, Any]]] = field(default_factory=dict, repr=False, compare=False)
+    _groups: dict[tuple[str, int], tuple[GroupPrior, dict[str, Any]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def fresh(self) -> "Seeded":
         """The same with nothing loaded, to be sent to another process."""
@@ -152,6 +154,10 @@ class Seeded:
         groups = [self._stored_group(prior, k)[0] for k in range(self.vae.groups)]
         base = self.experiment.priors[prior].base
         return Prior(self.vae, groups, None if base is None else self.prior(base))
+
+    def draws(self) -> list[tuple[str, str]]:
+        """Every (prior, sampler) that the experiment draws samples with."""
+        return [(prior, sampler) for prior, options in self.experiment.priors.items() for sampler in options.samplers]
 
     def samples_identity(self, prior: str, sampler: str) -> Identity:
         """What a file of samples is made from."""

@@ -11,6 +11,9 @@ from filelock import FileLock, Timeout
 from runtime.errors import UserError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_MASK = os.umask(0)
+os.umask(_MASK)
+_MODE = 0o666 & ~_MASK
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -26,6 +29,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as handle:
+            os.fchmod(handle.fileno(), _MODE)  # safetensors makes its files private, which a shared folder is not
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:

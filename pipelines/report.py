@@ -1,0 +1,82 @@
+"""What the pipeline writes for people: one table of results, the claims' verdicts, figures, and the README's excerpt."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from datasets.registry import spec
+from pipelines import claims, results
+from pipelines.config import Config
+from pipelines.workspace import Workspace
+from runtime.files import write_text
+
+MARKS = re.compile(r"(<!-- results -->\n).*(<!-- /results -->)", re.DOTALL)
+
+SHOWN = (
+    r"loglik(-plugin|-sampler)?|loglik-gain(-plugin|-sampler)?|off-mode-share|modes-hit|fid-.*|kid-.*|mmd2/k00|"
+    r"ess-fraction/k00|ess-floor-share/k00|nce-loss/.*|log-z/.*|acceptance/k00|seconds-per-image|proposals-per-image|train-seconds"
+)
+
+
+def gather(workspace: Workspace, config: Config, judged: Sequence[claims.Claim]) -> pd.DataFrame:
+    """All results: the evaluated experiments' own tables, and, of those not evaluated here, what results.csv held already."""
+    tables = []
+    for name in config.experiments:
+        path = workspace.evaluation(name) / "results.csv"
+        if path.exists():
+            tables.append(results.read(path, f"priorhole evaluate {name}"))
+    fresh = {name for table in tables for name in table.experiment}
+    if workspace.results.exists():
+        kept = results.read(workspace.results, "priorhole report")
+        tables.append(kept[~kept.experiment.isin(fresh) & kept.experiment.isin(list(config.experiments))])
+    table = pd.concat(tables, ignore_index=True) if tables else results.frame([])
+    return table.assign(target=_targets(table, judged))
+
+
+def _targets(table: pd.DataFrame, judged: Sequence[claims.Claim]) -> pd.Series:
+    """The ids of the claims that each row is held against."""
+    target = pd.Series("", index=table.index)
+    for claim in judged:
+        for subject in (claim.subject, claim.against):
+            if subject is not None and claim.untested is None:
+                rows = claims.rows_of(claim, subject, table).index
+                target[rows] = (target[rows] + " " + claim.id).str.strip()
+    return target
+
+
+def tables(frame: pd.DataFrame) -> Iterator[str]:
+    """Markdown: per experiment, every metric of every prior and sampler, mean over seeds and 95 % interval."""
+    for (experiment, dataset, model), own in frame.groupby(["experiment", "dataset", "model"]):
+        seeds = own.seeds.max()
+        yield f"## {experiment}\n\nData set {dataset}, model {model} (decoder after the slash), {seeds} seeds.\n"
+        truth = spec(dataset).truth
+        if truth is not None:
+            yield f"The truth's own expected log-likelihood, which no model exceeds, is {truth.ceiling:.3f} nats.\n"
+        shown = own[own.metric.str.fullmatch(SHOWN)]
+        yield "| metric | prior | sampler | mean | 95 % interval | unit | n |\n| --- | --- | --- | --- | --- | --- | --- |"
+        for row in shown.sort_values(["metric", "prior", "sampler"]).itertuples():
+            unit = results.metric(row.metric).unit
+            yield f"| {row.metric} | {row.prior} | {row.sampler} | {row.value:.4g} | ± {row.interval:.2g} | {unit} | {row.n} |"
+        yield ""
+
+
+def write(workspace: Workspace, table: pd.DataFrame, verdicts: Sequence[claims.Verdict]) -> list[Path]:
+    """Write results.csv, results.md, claims.md and the README's excerpt; returns their paths."""
+    frame = results.over_seeds(table)
+    results.write(workspace.results, table)
+    meanings = "".join(f"| `{name}` | {m.unit} | {m.better} | {m.meaning} |\n" for name, m in results.METRICS.items())
+    glossary = f"## Metrics\n\n| name (pattern) | unit | better | meaning |\n| --- | --- | --- | --- |\n{meanings}"
+    text = "# Results\n\n" + "\n".join(tables(frame)) + "\n" + glossary
+    written = {
+        workspace.reports / "results.md": text,
+        workspace.reports / "claims.md": "# Claims\n\n" + claims.markdown(verdicts),
+    }
+    readme = workspace.root / "README.md"
+    if readme.exists():
+        excerpt = claims.markdown([verdict for verdict in verdicts if verdict.ours is not None])
+        written[readme] = MARKS.sub(lambda found: f"{found[1]}{excerpt}{found[2]}", readme.read_text(encoding="utf-8"))
+    for path, content in written.items():
+        write_text(path, content)
+    return [workspace.results, *written]

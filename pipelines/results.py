@@ -1,0 +1,139 @@
+"""The results table: tidy, one measured number a row. Every table, and every figure of numbers, is drawn from it."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import pandas as pd
+from scipy.stats import t as student
+
+from runtime.errors import UserError
+from runtime.files import write_text
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of the table: its unit, whether ``higher`` or ``lower`` is better (or neither), and what it is."""
+
+    unit: str
+    better: str
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    r"loglik": Metric("nats", "higher", "log-likelihood under a prior with an exact density (importance-weighted bound)"),
+    r"loglik-plugin(/N\d+)?": Metric(
+        "nats", "higher", "log-likelihood with log Ẑ from N base samples plugged in; optimistic"
+    ),
+    r"loglik-sampler": Metric("nats", "higher", "lower bound for the distribution that SIR with M proposals draws from"),
+    r"loglik-gain(-sampler|-plugin(/N\d+)?)?": Metric("nats", "higher", "paired gain in log-likelihood over the base prior"),
+    r"bits-per-dim": Metric("bits/dim", "lower", "negative log-likelihood per dimension"),
+    r"ess-fraction/k\d\d": Metric("", "higher", "effective sample size of the proposals, as a fraction of M"),
+    r"ess-floor-share/k\d\d": Metric("", "lower", "share of images whose effective sample size is under the floor"),
+    r"acceptance/k\d\d": Metric("", "", "share of Langevin steps that the Metropolis correction accepts"),
+    r"nce-loss/k\d\d": Metric("nats", "", "classifier's loss on test examples; 2 ln 2 = 1.386 at chance"),
+    r"log-z/k\d\d": Metric("nats", "", "log Ẑ at the largest N; 0 for an optimal classifier"),
+    r"mmd2/k\d\d": Metric("", "lower", "squared MMD of the prior's latents to the aggregate posterior of test examples"),
+    r"off-mode-share": Metric("", "lower", "share of samples farther than 4σ from every mode"),
+    r"modes-hit": Metric("", "higher", "modes with a sample within 4σ"),
+    r"fid-[a-z0-9-]+-\d+": Metric("", "lower", "Fréchet distance to the training images, by network and number of samples"),
+    r"kid-[a-z0-9-]+-\d+": Metric("", "lower", "kernel distance to the training images, by network and number of samples"),
+    r"seconds-per-image": Metric("s", "lower", "time to draw one image"),
+    r"proposals-per-image": Metric("", "lower", "evaluations of r per image, over all groups"),
+    r"train-seconds": Metric("s", "lower", "time of training, all groups"),
+}
+
+
+def metric(name: str) -> Metric:
+    """The metric of that name. Raises UserError if the table has no such metric."""
+    for pattern, found in METRICS.items():
+        if re.fullmatch(pattern, name):
+            return found
+    raise UserError(f"{name!r} is not a metric of the results table; see METRICS in pipelines/results.py")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number, of one seed.
+
+    Attributes:
+        experiment, dataset, model, prior, sampler: what was measured; ``model`` names the decoder's likelihood too, and
+            ``sampler`` is empty where none is involved.
+        metric: a name of METRICS.
+        value, stderr, n: the number, its standard error, and how many examples or samples it was computed on.
+        seed, seconds, device: of the run.
+        features: feature network and decoding of FID and KID, bandwidths of MMD.
+        target: ids of the claims that the number is held against.
+        revision: of the code.
+    """
+
+    experiment: str
+    dataset: str
+    model: str
+    prior: str
+    sampler: str
+    metric: str
+    value: float
+    stderr: float
+    n: int
+    seed: int
+    seconds: float
+    device: str
+    features: str
+    target: str
+    revision: str
+
+    def __post_init__(self) -> None:
+        metric(self.metric)
+
+
+COLUMNS = [column.name for column in fields(Row)]
+KEYS = ["experiment", "dataset", "model", "prior", "sampler", "metric"]
+TEXT = dict.fromkeys((*KEYS, "device", "features", "target", "revision"), str)
+
+
+def frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """Rows as a table."""
+    return pd.DataFrame([asdict(row) for row in rows], columns=COLUMNS)
+
+
+def write(path: Path, table: pd.DataFrame) -> None:
+    """Write a table atomically, in a fixed order and with ten significant digits. Raises UserError if that fails."""
+    ordered = table[COLUMNS].sort_values([*KEYS, "seed"], kind="stable")
+    write_text(path, ordered.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+
+
+def read(path: Path, made_by: str) -> pd.DataFrame:
+    """Read a table. Raises UserError if it is missing or not one of ours; ``made_by`` is the command that makes it."""
+    try:
+        table = pd.read_csv(io.StringIO(path.read_text(encoding="utf-8")), dtype=TEXT, keep_default_na=False)  # type: ignore[arg-type]
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; make it with: {made_by}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a results table ({' '.join(str(error).split())}); make it anew with: {made_by}"
+        ) from error
+    if list(table.columns) != COLUMNS:
+        raise UserError(f"{path} has the wrong columns; make it anew with: {made_by}")
+    return table
+
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds with the half-width of a 95 % interval.
+
+    Two errors add in quadrature: that of the mean over seeds (Student's t on their spread), and that of the test set,
+    which all seeds share and which more seeds do not make smaller. One seed alone gives the second only.
+
+    Returns:
+        One row per KEYS, with ``value``, ``interval`` (half-width), ``seeds`` and ``n``.
+    """
+    summaries = []
+    for key, own in table.groupby(KEYS, sort=True):
+        seeds = len(own)
+        spread = student.ppf(0.975, seeds - 1) * own.value.std() / math.sqrt(seeds) if seeds > 1 else 0.0
+        shared = 1.96 * math.sqrt((own.stderr**2).mean())
+        summaries.append((*key, own.value.mean(), math.hypot(spread, shared), seeds, int(own.n.max())))
+    return pd.DataFrame(summaries, columns=[*KEYS, "value", "interval", "seeds", "n"])
