@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,14 +34,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        # safetensors wraps the errno of a failed write in its own message, hence the look at the text.
-        if error.errno in _FULL or "No space left" in str(error):
+        if _number(error) in _FULL:
             raise UserError(f"{path}: no space left on the device; free some and run the same command again") from error
-        if error.errno in _REFUSED:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); check its permissions") from error
+        if _number(error) in _REFUSED:
+            raise UserError(f"{path}: cannot be written; check its permissions, then run the same command again") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _number(error: OSError) -> int | None:
+    """The errno; safetensors gives it in its message alone."""
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else error.errno
 
 
 def write_text(path: Path, text: str) -> None:

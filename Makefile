@@ -1,0 +1,26 @@
+# make repro: from data to a table of claims.   make test: lint, types, tests.   Both make .venv first.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: repro test clean
+
+repro: .venv/installed
+	@test -d .git || dvc config --local core.no_scm true
+	dvc repro
+	@echo "The report: reports/claims.md, reports/results.md, reports/results.csv, reports/figures/"
+
+test: .venv/installed
+	ruff check .
+	ruff format --check .
+	mypy
+	pytest
+
+clean:
+	rm -rf .venv artifacts data mlruns mlruns.db
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,84 @@
+import copy
+
+import pytest
+import torch
+
+from runtime import training
+from runtime.identity import Identity
+from runtime.randomness import generator
+from runtime.training import NonFiniteLossError, Trainee, cosine, train
+
+
+def make(tmp_path, name, ema=0.9):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.Adam(module.parameters())
+    identity = Identity("toy", 0, {"name": name})
+    return Trainee(name, module, optimizer, cosine(1e-2, 0, 60, 5), tmp_path / f"{name}.safetensors", identity, 1.0, ema)
+
+
+def losses(step, active):
+    x = torch.randn(16, 3, generator=generator(0, "x", step=step))
+    return [{"square": ((one.module(x) - x.sum(1, keepdim=True)) ** 2).mean()} for one in active]
+
+
+@pytest.mark.parametrize("ema", [0.9, None])
+def test_trainees_resumed_from_different_steps_equal_the_undisturbed_run(tmp_path, ema):
+    (tmp_path / "whole").mkdir()
+    whole = [make(tmp_path / "whole", name, ema) for name in "ab"]
+    train(whole, 60, losses)
+    for one in whole:
+        one.finish()
+    for stop, name in ((20, "a"), (35, "b")):
+        started = make(tmp_path, name, ema)
+        train([started], stop, losses)
+        started.save_rolling()
+    resumed = [make(tmp_path, name, ema) for name in "ab"]
+    train(resumed, 60, losses)
+    for one, other in zip(whole, resumed, strict=True):
+        other.finish()
+        state = other.module.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in one.module.state_dict().items())
+        assert not other.rolling.exists()
+    again = make(tmp_path, "a", ema)
+    train([again], 60, losses)
+    assert again.finished is not None
+    assert torch.equal(again.module[0].weight, resumed[0].module[0].weight)
+
+
+def test_a_checkpoint_of_another_identity_is_wiped_and_not_resumed(tmp_path):
+    first = make(tmp_path, "a")
+    train([first], 10, losses)
+    first.save_rolling()
+    other = copy.copy(make(tmp_path, "a"))
+    other.identity = Identity("toy", 0, {"name": "something else"})
+    other.resume()
+    assert other.step == 0
+    assert not other.rolling.exists()
+
+
+def test_a_loss_that_breaks_names_its_term(tmp_path):
+    def broken(step, active):
+        bad = float("nan") if step == 3 else 1.0
+        return [{"fine": one.module(torch.ones(2, 3)).mean(), "kl/k02": torch.tensor(bad)} for one in active]
+
+    with pytest.raises(NonFiniteLossError, match=r"kl/k02 is not finite at step 3") as error:
+        train([make(tmp_path, "a")], 10, broken)
+    assert "\n" not in str(error.value)
+
+
+def test_rolling_checkpoints_are_written_as_time_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    one = make(tmp_path, "a")
+    seen = []
+    train([one], 5, losses, lambda done, total, note: seen.append((done, total)))
+    assert one.rolling.exists()
+    assert seen[-1] == (5, 5)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_final_value():
+    rate = cosine(1.0, 0.1, 100, 10)
+    assert rate(0) == pytest.approx(0.1)
+    assert rate(9) == pytest.approx(1.0)
+    assert rate(100) == pytest.approx(0.1)
+    assert all(rate(step + 1) <= rate(step) for step in range(10, 100))
