@@ -7,7 +7,8 @@ from metrics.mmd import ROWS, unbiased_mmd2
 from runtime.randomness import generator
 
 
-def _cubic(a: Tensor, b: Tensor) -> Tensor:
+def cubic(a: Tensor, b: Tensor) -> Tensor:
+    """(a·b/d + 1)³ for features (n, d) and (m, d): shape (n, m)."""
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
@@ -23,4 +24,4 @@ def kid(features: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
         rows[torch.randperm(len(rows), generator=generator(seed, f"kid-{name}"))[:n]].double()
         for name, rows in (("features", features), ("reference", reference))
     )
-    return unbiased_mmd2(x, y, _cubic)
+    return unbiased_mmd2(x, y, cubic)

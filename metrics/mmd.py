@@ -35,7 +35,8 @@ def unbiased_mmd2(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[float, float]:
     """The unbiased estimate of MMD² from equally many rows, and its standard error.
 
     The estimate is the mean over i ≠ j of h_ij = k(x_i, x_j) + k(y_i, y_j) − k(x_i, y_j) − k(x_j, y_i). Its variance is
-    4/n times that of the row means of h (first order) plus 2/n² times that of h (what remains where the samples agree).
+    4 ζ1/n + 2 ζ2/n² (Hoeffding 1948), ζ2 the variance of h and ζ1 that of its row means, less what ζ2 adds to them; the
+    second term is what remains where the samples agree.
 
     Args:
         x, y: (n, d).
@@ -51,8 +52,9 @@ def unbiased_mmd2(x: Tensor, y: Tensor, kernel: Kernel) -> tuple[float, float]:
     h = h - torch.diag(h.diag())
     row_means = h.sum(1) / (n - 1)
     value = row_means.mean()
-    spread = (h**2).sum() / (n * (n - 1)) - value**2
-    variance = 4 * row_means.var() / n + 2 * spread.clamp(min=0) / (n * (n - 1))
+    whole = ((h**2).sum() / (n * (n - 1)) - value**2).clamp(min=0)
+    first_order = (row_means.var() - whole / (n - 1)).clamp(min=0)
+    variance = 4 * first_order / n + 2 * whole / (n * (n - 1))
     return value.item(), math.sqrt(variance.item())
 
 

@@ -95,7 +95,7 @@ class ResidualHVAE(HierarchicalVAE):
         self.bottom_up = per_group(lambda _: nn.Sequential(*cells()))
         self.shrink = nn.ModuleList(_down(width) for _ in range(scales - 1))
         top = self.padded // coarsest
-        self.initial = nn.Parameter(torch.zeros(1, width, top, top))
+        self.initial = nn.Parameter(torch.rand(1, width, top, top))
         latent = 2 * options.latent_channels
         self.prior_heads = per_group(lambda _: nn.Sequential(nn.SiLU(), _small_(nn.Conv2d(width, latent, 1), 0.1)))
         self.prior_heads[0] = nn.Identity()  # the first group's base prior is fixed

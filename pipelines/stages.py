@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from pipelines.evaluation import evaluation_task, features_task
 from pipelines.fanout import Machine, Task
 from pipelines.work import Seeded, prior_task, sample_task, vae_task
 from pipelines.workspace import Workspace
+from priors.samplers import ESS_FLOOR
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Pipeline:
         runs: dict[int, dict[str, float]] = {at.seed: {} for at in seeds}
         for (at, prior, sampler), found in zip(keys, shares, strict=True):
             runs[at.seed] |= {f"{prior}/{sampler}/ess-floor-share/{group}": share for group, share in found.items()}
-            _warn_of_collapse(f"{name}, seed {at.seed}, {prior} by {sampler}", found)
+        for prior, sampler in chosen:
+            _warn_of_collapse(prior, sampler, [found for key, found in zip(keys, shares, strict=True) if key[1:] == (prior, sampler)])
         tracking.record(self.root, "sample", name, runs, {"sample": plain(experiment.sample)})
 
     def evaluate(self, name: str) -> None:
@@ -161,11 +163,13 @@ def _learning_curves(at: Seeded, experiment: Experiment, groups: int) -> dict[st
     return curves
 
 
-def _warn_of_collapse(what: str, shares: dict[str, float]) -> None:
-    collapsed = [f"{group} ({share:.0%})" for group, share in shares.items() if share > 0.5]
+def _warn_of_collapse(prior: str, sampler: str, shares: Sequence[dict[str, float]]) -> None:
+    """Say loudly where resampling hands out a few proposals again and again; ``shares`` is one record a seed."""
+    worst = {group: max(share[group] for share in shares) for group in shares[0]}
+    collapsed = [f"{group} ({share:.0%})" for group, share in worst.items() if share > 0.5]
     if collapsed:
         print(
-            f"warning: {what}: SIR collapses: the effective sample size is under the floor for most images in {', '.join(collapsed)}; "
-            "draw more proposals, or use Langevin dynamics",
+            f"warning: {prior} by {sampler} collapses: in {', '.join(collapsed)} most images have an effective sample size "
+            f"under {ESS_FLOOR:g} proposals; draw more of them, or use Langevin dynamics",
             file=sys.stderr,
         )

@@ -1,0 +1,106 @@
+import hashlib
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from metrics import features
+from metrics.features import CleanFID, Labelled, OwnClassifier, PytorchFID
+from runtime import training
+from runtime.errors import UserError
+from runtime.identity import Identity
+from runtime.torchvision_ops import import_torchvision
+
+
+def digits():
+    data = load_digits()
+    images = torch.from_numpy(data.images).float()[:, None] / 16
+    labels = torch.from_numpy(data.target).long()
+    return Labelled(images[:1400], labels[:1400]), Labelled(images[1400:], labels[1400:])
+
+
+def test_the_own_classifier_learns_resumes_and_gives_features(tmp_path, monkeypatch):
+    monkeypatch.setattr(OwnClassifier, "steps", 400)
+    training_set, held_out = digits()
+    identity = Identity("toy", 0)
+    network = OwnClassifier("digits", training_set, held_out, tmp_path / "whole.safetensors", identity)
+    accuracy = network._accuracy(held_out)
+    assert accuracy > 0.9
+    found = network(held_out.images[:230])
+    assert found.shape == (230, 64)
+    assert torch.equal(found, network(held_out.images[:230]))
+
+    class Killed(Exception):
+        pass
+
+    def stop(done, total, note):
+        if done == 150:
+            raise Killed
+
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    with pytest.raises(Killed):
+        OwnClassifier("digits", training_set, held_out, tmp_path / "cut.safetensors", identity, stop)
+    again = OwnClassifier("digits", training_set, held_out, tmp_path / "cut.safetensors", identity)
+    assert again.digest == network.digest
+    assert OwnClassifier("digits", training_set, held_out, tmp_path / "cut.safetensors", identity).digest == network.digest
+
+
+def test_pytorch_fid_runs_on_verified_weights_that_the_user_names(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pth"
+    torch.save(_random_inception(), path)
+    monkeypatch.setenv(PytorchFID.variable, str(path))
+    with pytest.raises(UserError, match="not pytorch-fid's original weights"):
+        PytorchFID()
+    monkeypatch.setattr(PytorchFID, "checksum", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    network = PytorchFID()
+    assert network.digest.startswith(network.checksum)
+    assert network(torch.rand(2, 1, 8, 8)).shape == (2, 2048)
+
+
+def _random_inception():
+    torchvision = import_torchvision()
+    from pytorch_fid import inception
+
+    model = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
+    model.Mixed_5b = inception.FIDInceptionA(192, pool_features=32)
+    model.Mixed_5c = inception.FIDInceptionA(256, pool_features=64)
+    model.Mixed_5d = inception.FIDInceptionA(288, pool_features=64)
+    model.Mixed_6b = inception.FIDInceptionC(768, channels_7x7=128)
+    model.Mixed_6c = inception.FIDInceptionC(768, channels_7x7=160)
+    model.Mixed_6d = inception.FIDInceptionC(768, channels_7x7=160)
+    model.Mixed_6e = inception.FIDInceptionC(768, channels_7x7=192)
+    model.Mixed_7b = inception.FIDInceptionE_1(1280)
+    model.Mixed_7c = inception.FIDInceptionE_2(2048)
+    return model.state_dict()
+
+
+class Stand(torch.nn.Module):
+    """A stand-in for clean-fid's TorchScript network: features are the mean colours."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Identity()
+
+    def forward(self, x, return_features: bool = True):
+        return x.mean((2, 3))
+
+
+def test_clean_fid_loads_a_named_file_and_resizes_as_the_package_does(tmp_path, monkeypatch):
+    path = tmp_path / "own-name.pt"
+    torch.jit.script(Stand()).save(str(path))
+    monkeypatch.setenv(CleanFID.variable, str(path))
+    network = CleanFID()
+    monkeypatch.setattr(network.network, "forward", lambda x: x.mean((2, 3)))
+    grey = network(torch.full((3, 1, 8, 8), 0.5))
+    assert grey.shape == (3, 3)
+    assert grey.sub(128).abs().max() < 1
+    assert len(network.digest) == 64
+
+
+@pytest.mark.parametrize("name", features.INCEPTIONS)
+def test_absent_weights_are_one_line_that_names_the_variable(name, tmp_path, monkeypatch):
+    network = features.INCEPTIONS[name]
+    monkeypatch.setenv(network.variable, str(tmp_path / "none"))
+    with pytest.raises(UserError, match=network.variable) as error:
+        network()
+    assert "\n" not in str(error.value)

@@ -1,0 +1,121 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+
+from metrics import frechet, kid, mmd, modes
+from metrics.frechet import Moments, frechet_distance
+from runtime.errors import UserError
+
+
+def normal(n, d, seed, mean=0.0, std=1.0):
+    return mean + std * torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def moments(mean, covariance):
+    """Moments that stand for exactly this mean and covariance."""
+    n = 2
+    return Moments(n, n * mean, (n - 1) * covariance + n * torch.outer(mean, mean))
+
+
+def test_frechet_distance_of_equal_covariances_is_the_squared_distance_of_the_means():
+    covariance = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    a, b = moments(torch.zeros(3).double(), covariance), moments(torch.tensor([1.0, -2.0, 0.5]).double(), covariance)
+    assert frechet_distance(a, b) == pytest.approx(1 + 4 + 0.25, abs=1e-10)
+
+
+def test_frechet_distance_of_commuting_covariances_is_that_of_the_standard_deviations():
+    first, second = torch.tensor([1.0, 4.0, 9.0]).double(), torch.tensor([4.0, 1.0, 0.0]).double()
+    zero = torch.zeros(3).double()
+    expected = ((first.sqrt() - second.sqrt()) ** 2).sum().item()  # the last pair is rank-deficient
+    assert frechet_distance(moments(zero, first.diag()), moments(zero, second.diag())) == pytest.approx(expected, abs=1e-10)
+
+
+def test_frechet_distance_agrees_with_a_general_matrix_root():
+    a, b = normal(50, 6, 0), normal(50, 6, 1, 0.3, 2.0) @ normal(6, 6, 2)
+    root = linalg.sqrtm(np.cov(a.T.numpy()) @ np.cov(b.T.numpy()))
+    traces = np.trace(np.cov(a.T.numpy())) + np.trace(np.cov(b.T.numpy()))
+    expected = float(((a.mean(0) - b.mean(0)) ** 2).sum() + traces - 2 * np.trace(root).real)
+    assert frechet_distance(Moments.of(a), Moments.of(b)) == pytest.approx(expected, rel=1e-8)
+
+
+def test_moments_of_parts_add_up():
+    rows = normal(101, 4, 0)
+    whole, parts = Moments.of(rows), Moments.of(rows[:37]) + Moments.of(rows[37:])
+    assert torch.allclose(whole.mean, parts.mean)
+    assert torch.allclose(whole.covariance, torch.cov(rows.T))
+    assert torch.allclose(parts.covariance, torch.cov(rows.T))
+
+
+def test_fid_of_too_few_images_is_refused_or_warned_about():
+    with pytest.warns(UserWarning, match="singular"):
+        frechet.fid(normal(3, 8, 0), normal(50, 8, 1), 0)
+    with pytest.raises(UserError, match="at least 2"), pytest.warns(UserWarning, match="singular"):
+        frechet.fid(normal(1, 8, 0), normal(50, 8, 1), 0)
+
+
+def test_fid_has_the_standard_error_that_repetition_shows():
+    found = [frechet.fid(normal(400, 2, 2 * s), normal(400, 2, 2 * s + 1, 1.0), 0) for s in range(60)]
+    spread = np.std([value for value, _ in found], ddof=1)
+    assert np.mean([error for _, error in found]) == pytest.approx(spread, rel=0.35)
+    assert np.mean([value for value, _ in found]) == pytest.approx(2.0, abs=0.1)
+
+
+def rbf_between_normals(distance, variance, width, d):
+    """E exp(−|x − y|²/2w²) for x − y ~ N(distance, variance I) in d dimensions."""
+    scale = width**2 + variance
+    return (width**2 / scale) ** (d / 2) * math.exp(-(distance**2) / (2 * scale))
+
+
+def test_mmd_is_unbiased_for_its_closed_form():
+    d, shift, width = 2, 1.0, 1.3
+    expected = 2 * rbf_between_normals(0, 2, width, d) - 2 * rbf_between_normals(shift, 2, width, d)
+    offset = torch.tensor([shift, 0.0]).double()
+    found = [mmd.mmd(normal(100, d, 2 * s), normal(100, d, 2 * s + 1) + offset, [width]) for s in range(150)]
+    values = np.array([one.value for one in found])
+    assert values.mean() == pytest.approx(expected, abs=3.5 * values.std() / math.sqrt(len(values)))
+    assert np.mean([one.stderr for one in found]) == pytest.approx(values.std(ddof=1), rel=0.2)
+
+
+def test_mmd_of_equal_distributions_is_zero_on_average_with_a_calibrated_error():
+    found = [mmd.mmd(normal(100, 3, 2 * s), normal(100, 3, 2 * s + 1)) for s in range(150)]
+    values = np.array([one.value for one in found])
+    assert abs(values.mean()) < 3.5 * values.std() / math.sqrt(len(values))
+    assert np.mean([one.stderr for one in found]) == pytest.approx(values.std(ddof=1), rel=0.3)
+    assert found[0].bandwidths == [scale * mmd.median_distance(normal(100, 3, 0)) for scale in mmd.SCALES]
+
+
+def test_permutation_tells_different_samples_from_equal_ones():
+    assert mmd.permutation_p_value(normal(100, 2, 0), normal(100, 2, 1, 0.8), 0) < 0.02
+    ps = [mmd.permutation_p_value(normal(40, 2, 2 * s), normal(40, 2, 2 * s + 1), s, 50) for s in range(40)]
+    assert 0.35 < np.mean(ps) < 0.65
+
+
+def test_kid_agrees_with_its_sums_written_out():
+    n, x, y = 7, normal(7, 3, 0), normal(7, 3, 1, 0.5)
+
+    def k(a, b):
+        return (float(a @ b) / 3 + 1) ** 3
+
+    pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
+    expected = sum(k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(x[j], y[i]) for i, j in pairs) / len(pairs)
+    assert mmd.unbiased_mmd2(x, y, kid.cubic)[0] == pytest.approx(expected, rel=1e-10)
+    values = np.array([kid.kid(normal(300, 3, 2 * s), normal(300, 3, 2 * s + 1), 0)[0] for s in range(40)])
+    assert abs(values.mean()) < 3.5 * values.std() / math.sqrt(40)
+
+
+def test_mmd_refuses_a_single_sample():
+    with pytest.raises(UserError, match="at least 2"):
+        mmd.mmd(torch.zeros(1, 2), torch.zeros(5, 2), [1.0])
+
+
+def test_off_mode_share_of_the_truth_is_known():
+    means, sigma = torch.tensor([[0.0, 0.0], [5.0, 0.0]]), 0.1
+    x = means[torch.arange(400_000) % 2] + sigma * normal(400_000, 2, 0)
+    share, error = modes.off_mode_share(x, means, sigma)
+    assert share == pytest.approx(math.exp(-8), abs=4 * error)
+    assert modes.modes_hit(x[::2], means, sigma) == 1
+    assert modes.modes_hit(x, means, sigma) == 2
+    assert modes.off_mode_share(torch.full((10, 2), 2.5), means, sigma) == (1.0, 0.0)

@@ -1,0 +1,118 @@
+import math
+
+import pytest
+import torch
+
+from models.distributions import DiagonalNormal, kl_divergence
+from models.mlp import MLPVAE
+from models.protocol import by_posterior, descend
+from models.registry import MODELS, build
+from models.residual import ResidualHVAE
+from models.trainer import balance, evidence
+from runtime import checkpoints
+from runtime.randomness import Noise, initialising
+
+SMALL = {
+    "mlp-vae": [({"latents": 3, "width": 16}, (2,)), ({"latents": 3, "width": 16, "likelihood": "bernoulli"}, (1, 8, 8))],
+    "residual-hvae": [
+        ({"groups_per_scale": [2, 2], "latent_channels": 2, "width": 8, "halvings": 1}, (1, 8, 8)),
+        ({"groups_per_scale": [3], "latent_channels": 1, "width": 8, "halvings": 3, "cells": 2}, (1, 28, 28)),
+        ({"groups_per_scale": [1, 1, 1], "latent_channels": 2, "width": 8, "halvings": 2, "likelihood": "normal"}, (3, 28, 28)),
+    ],
+}
+CASES = [(name, options, shape) for name in MODELS for options, shape in SMALL[name]]
+
+
+def make(name, options, shape):
+    with initialising(0, "test"):
+        return build(name, MODELS[name].Options(**options), shape)
+
+
+def noise(model, seed=0, rows=None):
+    return [Noise(seed, "test", k, rows=rows) for k in range(model.groups)]
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), CASES)
+def test_every_model_keeps_the_protocol(name, options, shape, tmp_path):
+    model = make(name, options, shape)
+    x = torch.rand(5, *shape).round()
+    layout = model.layout()
+    assert [group.k for group in layout] == list(range(model.groups))
+    features = model.encode(x)
+    assert len(features) == model.groups
+    seen = []
+
+    def choose(k, context):
+        prior, posterior = model.prior(k, context), model.posterior(k, context, features)
+        assert context.shape == (5, *layout[k].context)
+        z = posterior.draw(Noise(0, "z", k))
+        assert z.shape == prior.mean.shape == (5, *layout[k].latent)
+        assert prior.log_prob(z).shape == kl_divergence(posterior, prior).shape == (5,)
+        assert prior.draw(Noise(0, "p", k), (7,)).shape == (7, 5, *layout[k].latent)
+        seen.append(k)
+        return z
+
+    decoded = model.decode(descend(model, 5, choose))
+    assert seen == list(range(model.groups))
+    assert decoded.mean.shape == decoded.draw(Noise(0, "x")).shape == x.shape
+    assert decoded.log_prob(x).shape == (5,)
+    contexts = [model.start(2) for _ in range(2)]
+    assert torch.equal(contexts[0][0], contexts[1][1])  # the first group's context is the same for every example
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), CASES)
+def test_gradients_reach_every_parameter_and_seeds_and_files_repeat(name, options, shape, tmp_path):
+    model, twin = make(name, options, shape), make(name, options, shape)
+    x = torch.rand(4, *shape).round()
+    loss = -evidence(model, x, noise(model)).elbo.mean()
+    loss.backward()
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    assert missing == []
+    assert torch.equal(loss, -evidence(twin, x, noise(twin)).elbo.mean())
+    from runtime.identity import Identity
+
+    checkpoints.save(tmp_path / "m.safetensors", model.state_dict(), Identity("x", 0))
+    with initialising(1, "other"):
+        other = build(name, MODELS[name].Options(**options), shape)
+    checkpoints.restore(other, checkpoints.load(tmp_path / "m.safetensors", "")[0], tmp_path)
+    assert torch.equal(loss, -evidence(other, x, noise(other)).elbo.mean())
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), CASES)
+def test_rows_do_not_depend_on_the_batch_they_travel_in(name, options, shape):
+    model = make(name, options, shape).double()
+    x = torch.rand(6, *shape).round().double()
+    with torch.no_grad():
+        whole, part = (
+            descend(model, len(rows), by_posterior(model, x[list(rows)], lambda k, rows=rows: Noise(0, "t", k, rows=rows)))
+            for rows in (range(6), range(2, 4))
+        )
+    assert torch.allclose(whole[2:4], part, atol=1e-10)
+
+
+def test_the_analytic_kl_is_the_mean_log_ratio():
+    q = DiagonalNormal(torch.full((1, 2), 0.3).double(), torch.full((1, 2), 0.5).double())
+    p = DiagonalNormal(torch.zeros(1, 2).double(), torch.ones(1, 2).double())
+    z = q.draw(Noise(0, "kl"), (200_000,))
+    assert kl_divergence(q, p).item() == pytest.approx((q.log_prob(z) - p.log_prob(z)).mean().item(), abs=5e-3)
+    one = -math.log(0.5) + (0.5**2 + 0.3**2 - 1) / 2
+    assert kl_divergence(q, p).item() == pytest.approx(2 * one, abs=1e-7)
+
+
+def test_the_residual_model_starts_at_its_prior_and_pads_what_does_not_divide():
+    model = make(*CASES[2])
+    parts = evidence(model, torch.rand(4, 1, 8, 8).round(), noise(model))
+    assert all(kl.mean() < 1 for kl in parts.kl)
+    assert ResidualHVAE(ResidualHVAE.Options(groups_per_scale=[2, 1], latent_channels=1, width=4, halvings=3), (1, 28, 28)).padded == 32
+
+
+def test_the_flat_model_has_one_group_and_no_context():
+    (group,) = MLPVAE(MLPVAE.Options(latents=2), (2,)).layout()
+    assert (group.k, group.latent, group.context) == (0, (2,), (0,))
+
+
+def test_balancing_favours_groups_with_a_large_kl_and_has_mean_one():
+    model = make(*CASES[2])
+    gamma = balance([torch.full((3,), value) for value in (4.0, 1.0, 1.0, 0.0)], model.layout())
+    assert gamma.mean().item() == pytest.approx(1)
+    assert gamma[0] > gamma[1] > gamma[2] > gamma[3]

@@ -1,0 +1,186 @@
+import math
+
+import pytest
+import torch
+
+from models.distributions import DiagonalNormal
+from models.mlp import MLPVAE
+from models.protocol import Group
+from models.residual import ResidualHVAE
+from priors.ncp import NoiseContrastivePrior
+from priors.networks import NetworkOptions
+from priors.protocol import FittedPrior, GroupPrior, Prior, TrainedPrior
+from priors.registry import PRIORS
+from priors.samplers import SAMPLERS
+from priors.sampling import draw
+from priors.trainer import Slot, learn, pairs
+from runtime import checkpoints
+from runtime.identity import Identity
+from runtime.randomness import Noise, generator, initialising
+
+OPTIONS = {
+    "normal": {},
+    "gmm": {"components": 3, "codes": 100, "batch": 50},
+    "ncp": {"steps": 5, "batch": 8, "network": NetworkOptions(width=8, depth=1)},
+}
+SAMPLER_OPTIONS = {
+    "ancestral": {},
+    "sir": {"proposals": 6},
+    "langevin": {"steps": 3, "step_size": 0.1, "metropolis": True},
+}
+MODELS = {
+    "flat": lambda: MLPVAE(MLPVAE.Options(latents=3, width=8, likelihood="bernoulli"), (1, 8, 8)),
+    "hierarchical": lambda: ResidualHVAE(
+        ResidualHVAE.Options(groups_per_scale=[2, 1], latent_channels=2, width=8, halvings=1), (1, 8, 8)
+    ),
+}
+
+
+class Pixels:
+    """Random binary images."""
+
+    def train_batch(self, size, seed, step):
+        return (torch.rand(size, 1, 8, 8, generator=generator(seed, "pixels", step=step)) < 0.3).float()
+
+
+def frozen(name):
+    with initialising(0, name):
+        model = MODELS[name]()
+    return model.eval().requires_grad_(False)
+
+
+def groups_of(method, model, seed=0):
+    made = []
+    for group in model.layout():
+        with initialising(seed, method, group.k):
+            made.append(PRIORS[method](PRIORS[method].Options(**OPTIONS[method]), group))
+    return made
+
+
+def learned(method, model, folder, chosen=None):
+    groups = groups_of(method, model)
+    below = Prior(model, [GroupPrior(GroupPrior.Options(), group) for group in model.layout()])
+    slots = [Slot(k, groups[k], folder / f"k{k:02d}.safetensors", Identity("x", 0, {"k": k})) for k in chosen or range(model.groups)]
+    learn(below, slots, Pixels(), lambda *_: None)
+    return Prior(model, groups)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", PRIORS)
+def test_every_prior_keeps_the_protocol(method, model, tmp_path):
+    vae = frozen(model)
+    prior, again = learned(method, vae, tmp_path / "a"), learned(method, vae, tmp_path / "b")
+    below = Prior(vae, [GroupPrior(GroupPrior.Options(), group) for group in vae.layout()])
+    found = pairs(below, Pixels().train_batch(5, 1, 0), 0, "test")
+    for k, pair in enumerate(found):
+        base = prior.base(k, pair.context)
+        z = base.draw(Noise(0, "z", k), (7,))
+        assert z.shape == (7, *pair.base.shape)
+        assert base.log_prob(z).shape == (7, 5)
+        ratio = prior.log_ratio(k, z, pair.context)
+        assert ratio.shape == (7, 5)
+        assert torch.allclose(prior.log_ratio(k, z[3], pair.context), ratio[3], atol=1e-5)
+        assert torch.equal(again.log_ratio(k, z, pair.context), ratio)
+        assert (ratio == 0).all() == prior.exact
+        tensors, document = checkpoints.load(tmp_path / "a" / f"k{k:02d}.safetensors", "")
+        other = groups_of(method, vae, seed=9)[k]
+        other.load_state_dict(tensors)
+        assert torch.equal(other.eval().log_ratio(z, pair.context), ratio)
+        assert torch.equal(other.base(base, pair.context).log_prob(z), base.log_prob(z))
+        assert document["seconds"] >= 0
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", [name for name, cls in PRIORS.items() if issubclass(cls, TrainedPrior)])
+def test_gradients_reach_every_parameter_of_a_trained_prior(method, model):
+    vae = frozen(model)
+    below = Prior(vae, [GroupPrior(GroupPrior.Options(), group) for group in vae.layout()])
+    for group, pair in zip(groups_of(method, vae), pairs(below, Pixels().train_batch(8, 1, 0), 0, "test"), strict=True):
+        torch.stack(list(group.loss(pair.posterior, pair.base, pair.context, 0).values())).sum().backward()
+        missing = [n for n, p in group.named_parameters() if p.grad is None or not p.grad.any()]
+        assert missing == []
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("method", PRIORS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_sampler_draws_from_every_prior_on_every_model(method, sampler, model, tmp_path):
+    vae = frozen(model)
+    prior, by = learned(method, vae, tmp_path), SAMPLERS[sampler](SAMPLERS[sampler].Options(**SAMPLER_OPTIONS[sampler]))
+    if by.refuses(prior.exact):
+        assert not prior.exact
+        return
+    whole, part = draw(vae, prior, by, range(6), 0, "mean"), draw(vae, prior, by, range(2, 4), 0, "mean")
+    assert whole["x"].shape == (6, 1, 8, 8)
+    for name, values in whole.items():
+        assert torch.allclose(values[2:4], part[name], atol=1e-4), name
+        assert torch.isfinite(values).all()
+    for k in range(vae.groups):
+        assert ((whole[f"ess/k{k:02d}"] > 0) & (whole[f"ess/k{k:02d}"] <= 1 + 1e-6)).all()
+
+
+def test_a_group_learns_the_same_alone_as_with_the_others(tmp_path):
+    vae = frozen("hierarchical")
+    together = learned("ncp", vae, tmp_path / "together")
+    alone = learned("ncp", vae, tmp_path / "alone", [1])
+    for name, tensor in together.groups[1].state_dict().items():
+        assert torch.equal(tensor, alone.groups[1].state_dict()[name]), name
+
+
+def test_the_nce_optimum_of_two_normals_is_their_log_density_ratio():
+    """A classifier that contains the true ratio (it is quadratic in z) finds it; the base is N(0, 1), the posterior N(1, 0.5)."""
+    p, q = DiagonalNormal(torch.zeros(1, 1).double(), torch.ones(1, 1).double()), None
+    q = DiagonalNormal(torch.ones(1, 1).double(), torch.full((1, 1), 0.5).double())
+    prior = NoiseContrastivePrior(NoiseContrastivePrior.Options(steps=1, batch=2), Group(0, (1,), (0,))).double()
+
+    class Quadratic(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = torch.nn.Parameter(torch.zeros(3).double())
+
+        def forward(self, z, context):
+            return (torch.stack([torch.ones_like(z), z, z**2], -1) @ self.weights)[..., 0]
+
+    prior.classifier = Quadratic()
+    draws = [one.draw(Noise(0, name), (200_000,))[:, 0] for name, one in (("q", q), ("p", p))]
+    optimizer = torch.optim.LBFGS(prior.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.stack(list(prior.loss(*draws, torch.zeros(200_000, 0), 0).values())).sum()
+        loss.backward()
+        return loss
+
+    assert closure().item() == pytest.approx(2 * math.log(2))
+    optimizer.step(closure)
+    # log q − log p = −(z−1)²/0.5 + z²/2 + ln 2 = (ln 2 − 2) + 4 z − 1.5 z²
+    expected = torch.tensor([math.log(2) - 2, 4.0, -1.5]).double()
+    assert torch.allclose(prior.classifier.weights, expected, atol=0.05)
+    z = torch.linspace(-1, 2.5, 50).double()[:, None, None]
+    ratio = prior.log_ratio(z, torch.zeros(1, 0))
+    assert torch.allclose(ratio, q.log_prob(z) - p.log_prob(z), atol=0.08)
+
+
+def test_the_mixture_finds_the_clusters_it_is_fitted_to():
+    prior = PRIORS["gmm"](PRIORS["gmm"].Options(components=2), Group(0, (2,), (0,)))
+    stream = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[-3.0, 0.0], [3.0, 1.0]])
+    codes = centres[torch.arange(2000) % 2] + 0.2 * torch.randn(2000, 2, generator=stream)
+    prior.fit(codes, 0)
+    assert torch.allclose(prior.means[prior.means[:, 0].argsort()], centres, atol=0.05)
+    context = torch.zeros(3, 0)
+    assert prior.base(None, context).draw(Noise(0, "z"), (10,)).shape == (10, 3, 2)
+    later = PRIORS["gmm"](PRIORS["gmm"].Options(), Group(1, (2,), (4,)))
+    below = object()
+    assert later.base(below, context) is below
+    assert isinstance(prior, FittedPrior)
+
+
+def test_context_and_proposals_are_scored_as_if_they_were_concatenated():
+    """The part of the first layer that sees the context is computed once; the score is that of every pair."""
+    for group in (Group(0, (3,), (2,)), Group(1, (2, 4, 4), (5, 4, 4))):
+        prior = NoiseContrastivePrior(NoiseContrastivePrior.Options(steps=1, batch=2), group).eval()
+        z, context = torch.randn(4, 3, *group.latent), torch.randn(3, *group.context)
+        together = prior.log_ratio(z, context)
+        one_by_one = [[prior.log_ratio(z[m, i : i + 1], context[i : i + 1]).item() for i in range(3)] for m in range(4)]
+        assert torch.allclose(together, torch.tensor(one_by_one), atol=1e-5)

@@ -1,0 +1,140 @@
+"""Oracles: samplers against distributions that are known exactly."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from models.distributions import DiagonalNormal
+from priors import samplers
+from priors.gmm import Mixture
+from priors.samplers import SIR, Ancestral, Langevin
+from runtime.randomness import Noise
+
+ROWS = 20_000
+
+
+class Known:
+    """p = N(0, 1) and an exact ratio: r = q / p."""
+
+    exact = False
+
+    def __init__(self, log_q, dtype=torch.float64):
+        self.log_q, self.dtype = log_q, dtype
+
+    def base(self, k, context):
+        zeros = torch.zeros(len(context), 1, dtype=self.dtype)
+        return DiagonalNormal(zeros, torch.ones_like(zeros))
+
+    def log_ratio(self, k, z, context):
+        return self.log_q(z[..., 0]) - self.base(k, context).log_prob(z)
+
+
+def two_modes(z):
+    parts = torch.stack([math.log(0.3) - (z + 1) ** 2 / (2 * 0.3**2), math.log(0.7) - (z - 1) ** 2 / (2 * 0.5**2)])
+    return torch.logsumexp(parts - torch.tensor([0.3, 0.5]).log().view(-1, *[1] * z.dim()), 0) - math.log(2 * math.pi) / 2
+
+
+def cdf(z):
+    return 0.3 * stats.norm.cdf(z, -1, 0.3) + 0.7 * stats.norm.cdf(z, 1, 0.5)
+
+
+def draw(sampler, prior, rows=None):
+    context = torch.zeros(ROWS if rows is None else len(rows), 0)
+    return sampler.draw(prior, 0, context, lambda purpose: Noise(0, purpose, rows=rows))
+
+
+def test_sir_on_an_exact_ratio_draws_from_the_target():
+    drawn = draw(SIR(SIR.Options(proposals=1000)), Known(two_modes))
+    assert stats.kstest(drawn.z[:, 0].numpy(), cdf).pvalue > 0.01
+    exact = 1 / np.trapezoid(np.exp(2 * two_modes(t := torch.linspace(-8, 8, 40_001).double()).numpy()) / stats.norm.pdf(t), t)
+    assert drawn.ess.mean().item() == pytest.approx(exact, abs=0.02)
+    assert (drawn.proposals == 1000).all()
+
+
+def test_sir_with_few_proposals_does_not_yet():
+    drawn = draw(SIR(SIR.Options(proposals=2)), Known(two_modes))
+    assert stats.kstest(drawn.z[:, 0].numpy(), cdf).pvalue < 1e-6
+
+
+@pytest.mark.parametrize("proposals", [1, 99, 250])
+def test_sir_draws_the_same_whatever_the_batch(proposals):
+    sampler, prior = SIR(SIR.Options(proposals=proposals)), Known(two_modes)
+    whole, part = draw(sampler, prior, range(50)), draw(sampler, prior, range(20, 30))
+    assert torch.equal(whole.z[20:30], part.z)
+    assert torch.allclose(whole.ess[20:30], part.ess)
+
+
+def test_sir_over_a_discrete_set_has_the_frequencies_of_exact_enumeration():
+    """M = 2 of a ratio that takes two values: the probability of keeping the better kind is known."""
+    ratio = 5.0
+
+    def log_q(z):
+        return math.log(ratio) * (z > 0) - z**2 / 2 - math.log(2 * math.pi) / 2
+
+    drawn = draw(SIR(SIR.Options(proposals=2)), Known(log_q))
+    expected = 0.25 + 0.5 * ratio / (1 + ratio)
+    kept = (drawn.z[:, 0] > 0).double().mean().item()
+    assert kept == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / ROWS))
+
+
+def test_chunks_of_proposals_reach_the_same_distribution(monkeypatch):
+    monkeypatch.setattr(samplers, "PROPOSALS_AT_ONCE", 37)
+    drawn = draw(SIR(SIR.Options(proposals=1000)), Known(two_modes))
+    assert stats.kstest(drawn.z[:, 0].numpy(), cdf).pvalue > 0.01
+
+
+@pytest.mark.parametrize("metropolis", [False, True])
+def test_langevin_finds_mean_and_variance_of_a_normal(metropolis):
+    options = Langevin.Options(steps=150, step_size=0.1, metropolis=metropolis)
+    drawn = draw(Langevin(options), Known(lambda z: -((z - 0.7) ** 2) / (2 * 0.6**2)))
+    z = drawn.z[:, 0]
+    assert z.mean().item() == pytest.approx(0.7, abs=0.02)
+    # Without the correction the chain's variance is σ²/(1 − ε/4σ²), exactly, for a Normal.
+    expected = 0.36 if metropolis else 0.36 / (1 - 0.1 / (4 * 0.36))
+    assert z.var().item() == pytest.approx(expected, rel=0.04)
+    assert (drawn.acceptance == 1).all() or metropolis
+    assert not metropolis or 0.5 < drawn.acceptance.mean() < 1
+
+
+def test_langevin_finds_the_covariance_of_two_dimensions():
+    precision = torch.linalg.inv(torch.tensor([[1.0, 0.6], [0.6, 0.8]]).double())
+
+    class Correlated(Known):
+        def base(self, k, context):
+            zeros = torch.zeros(len(context), 2).double()
+            return DiagonalNormal(zeros, torch.ones_like(zeros))
+
+        def log_ratio(self, k, z, context):
+            return -torch.einsum("...i,ij,...j", z, precision, z) / 2 - self.base(k, context).log_prob(z)
+
+    drawn = draw(Langevin(Langevin.Options(steps=150, step_size=0.1, metropolis=True)), Correlated(None))
+    assert torch.allclose(torch.cov(drawn.z.T), torch.linalg.inv(precision), atol=0.05)
+
+
+def test_ancestral_draws_a_mixture_with_its_weights():
+    weights, means = torch.tensor([0.2, 0.8]), torch.tensor([[-6.0, 0.0], [2.0, 1.0]])
+    scales = torch.tensor([[[0.5, 0.0], [0.3, 0.4]], [[1.0, 0.0], [0.0, 0.2]]])
+
+    class Base(Known):
+        exact = True
+
+        def base(self, k, context):
+            return Mixture(weights, means, scales, len(context), (2,))
+
+    z = draw(Ancestral(Ancestral.Options()), Base(None)).z
+    first = z[:, 0] < -3
+    assert first.double().mean().item() == pytest.approx(0.2, abs=0.01)
+    assert torch.allclose(torch.cov(z[first].T), scales[0] @ scales[0].T, atol=0.03)
+    mixture = Base(None).base(0, torch.zeros(5, 0))
+    assert mixture.variance.shape == (5, 2)
+    ticks = torch.linspace(-10, 10, 401)
+    density = mixture.log_prob(torch.cartesian_prod(ticks, ticks)[:, None].expand(-1, 5, -1))[:, 0]
+    assert density.exp().sum().item() * (20 / 400) ** 2 == pytest.approx(1, abs=1e-3)
+
+
+def test_ancestral_refuses_a_prior_that_corrects():
+    assert "sir or langevin" in Ancestral(Ancestral.Options()).refuses(exact=False)
+    assert Ancestral(Ancestral.Options()).refuses(exact=True) is None
