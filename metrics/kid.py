@@ -1,5 +1,7 @@
 """Kernel inception distance: the unbiased MMD² of features under a cubic kernel (Bińkowski et al. 2018)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,15 +15,20 @@ def cubic(a: Tensor, b: Tensor) -> Tensor:
 
 
 def kid(features: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
-    """KID and its standard error.
+    """KID and its standard error: the mean over disjoint, hence independent, blocks of at most ROWS rows of either.
 
     Args:
-        features, reference: (n, d) and (m, d); equally many rows of each enter, chosen at random.
-        seed: names the choice.
+        features, reference: (n, d) and (m, d); min(n, m) rows of each enter, in an order chosen at random.
+        seed: names the order.
+
+    Raises:
+        UserError: fewer than two rows.
     """
-    n = min(len(features), len(reference), ROWS)
+    n = min(len(features), len(reference))
+    blocks = max(1, math.ceil(n / ROWS))
     x, y = (
-        rows[torch.randperm(len(rows), generator=generator(seed, f"kid-{name}"))[:n]].double()
+        rows[torch.randperm(len(rows), generator=generator(seed, f"kid-{name}"))[:n]].tensor_split(blocks)
         for name, rows in (("features", features), ("reference", reference))
     )
-    return unbiased_mmd2(x, y, cubic)
+    found = [unbiased_mmd2(a.double(), b.double(), cubic) for a, b in zip(x, y, strict=True)]
+    return sum(value for value, _ in found) / blocks, math.hypot(*(error for _, error in found)) / blocks

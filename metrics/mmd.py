@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from runtime.errors import UserError
-from runtime.randomness import generator
 
 ROWS = 2_000
 """At most so many rows of either sample enter: the cost is quadratic."""
@@ -86,17 +85,3 @@ def mmd(reference: Tensor, sample: Tensor, bandwidths: list[float] | None = None
     x, y = reference[:n].flatten(1).double(), sample[:n].flatten(1).double()
     chosen = bandwidths or [scale * median_distance(x) for scale in SCALES]
     return MMD(*unbiased_mmd2(x, y, _rbf(chosen)), chosen)
-
-
-def permutation_p_value(reference: Tensor, sample: Tensor, seed: int, permutations: int = 200) -> float:
-    """Probability of an MMD² at least as large as the one seen if both samples came from one distribution.
-
-    Args:
-        reference, sample: as for :func:`mmd`; they are pooled and split anew ``permutations`` times.
-    """
-    seen = mmd(reference, sample)
-    n = min(len(reference), len(sample), ROWS)
-    pooled, stream = torch.cat([reference[:n], sample[:n]]), generator(seed, "mmd-permutation")
-    shuffled = (pooled[torch.randperm(2 * n, generator=stream)] for _ in range(permutations))
-    larger = sum(mmd(rows[:n], rows[n:], seen.bandwidths).value >= seen.value for rows in shuffled)
-    return (1 + larger) / (1 + permutations)

@@ -1,6 +1,6 @@
 """Stage 1: train a VAE on the evidence lower bound."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,10 @@ from runtime.progress import Report, silent
 from runtime.randomness import Noise
 from runtime.training import Terms, Trainee, cosine, train
 
-OPTIMIZERS = {"adam": partial(torch.optim.Adam, fused=True), "adamax": torch.optim.Adamax}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": partial(torch.optim.Adam, fused=True),
+    "adamax": torch.optim.Adamax,
+}
 
 
 class TrainOptions(Options):

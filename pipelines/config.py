@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
@@ -27,14 +27,16 @@ BASELINE = "normal"
 def _choice(key: str, registry: Mapping[str, Any], **common: Any) -> Any:
     """A union over a registry's entries: ``key`` names the entry, the other keys are that entry's own Options."""
     members = [
-        create_model(f"{name} options", __base__=entry.Options, **{key: (Literal[name], ...)}, **common)
+        create_model(f"{name} options", __base__=entry.Options, **({key: (Literal[name], ...)} | common))
         for name, entry in registry.items()
     ]
     return Annotated[Union[tuple(members)], Field(discriminator=key)]  # noqa: UP007 (built at run time)
 
 
 if TYPE_CHECKING:
-    ModelChoice = PriorChoice = SamplerChoice = Any
+    ModelChoice: TypeAlias = Any
+    PriorChoice: TypeAlias = Any
+    SamplerChoice: TypeAlias = Any
 else:
     ModelChoice = _choice("name", MODELS)
     PriorChoice = _choice("method", PRIORS, base=(str | None, None), samplers=(list[str], ...))
@@ -144,8 +146,9 @@ def _key_path(raw: Any, location: tuple[int | str, ...]) -> str:
     """The dotted path of an error, without the union tags that pydantic puts into it."""
     parts = []
     for item in location[:-1]:
-        if isinstance(raw, dict | list) and (item in raw if isinstance(raw, dict) else True):
-            raw = raw[item]
+        found = raw.get(item) if isinstance(raw, dict) else raw[int(item)] if isinstance(raw, list) else None
+        if found is not None:
+            raw = found
             parts.append(str(item))
     if location and not (isinstance(raw, dict) and location[-1] in (raw.get("method"), raw.get("name"))):
         parts.append(str(location[-1]))

@@ -1,8 +1,10 @@
 """Everything that is measured of one seed of one experiment, as rows of the results table."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,14 +48,21 @@ class Evaluation:
                 yield from self._samples(prior, sampler)
         yield from self._yardsticks()
 
-    def _row(self, prior: str, metric: str, value: float, stderr: float, n: int, **more) -> Row:
+    def _row(self, prior: str, metric: str, value: float, stderr: float, n: int, **more: Any) -> Row:
         at = self.at
-        model = f"{at.experiment.model.name}/{at.experiment.model.likelihood}"
-        common = {"sampler": "", "seconds": 0.0, "device": hardware.device_name(), "features": "", "target": ""}
-        return Row(
-            experiment=at.name, dataset=at.experiment.dataset, model=model, prior=prior, metric=metric, value=value,
-            stderr=stderr, n=n, seed=at.seed, revision=revision(), **(common | more),
-        )  # fmt: skip
+        common: dict[str, Any] = {
+            "experiment": at.name,
+            "dataset": at.experiment.dataset,
+            "model": f"{at.experiment.model.name}/{at.experiment.model.likelihood}",
+            "sampler": "",
+            "seed": at.seed,
+            "seconds": 0.0,
+            "device": hardware.device_name(),
+            "features": "",
+            "target": "",
+            "revision": revision(),
+        }
+        return Row(prior=prior, metric=metric, value=value, stderr=stderr, n=n, **(common | more))
 
     @cached_property
     def _examples(self) -> Tensor:
@@ -107,7 +116,6 @@ class Evaluation:
                 continue
             kind, _, detail = what.partition("/")
             value, stderr, n = mean_and_error(values)
-            pool_error = pool_errors.get(prior, 0.0)
             if kind in ("nce-loss", "log-z"):
                 yield self._row(prior, what, value, stderr, n)
                 continue
@@ -118,7 +126,7 @@ class Evaluation:
                     yield self._row(prior, "loglik-gain", gain, gain_error, n)
                 continue
             # The pool of base samples is shared by all examples, so its error does not average out over them.
-            total, gain_total = (stderr**2 + pool_error**2) ** 0.5, (gain_error**2 + pool_error**2) ** 0.5
+            total, gain_total = (math.hypot(error, pool_errors[prior]) for error in (stderr, gain_error))
             sampler = samplers.get(int(detail), f"sir-{detail}") if kind == "sampler" else ""
             suffixes = [f"/N{detail}", ""] if int(detail) == max(options.normaliser) else [f"/N{detail}"]
             for suffix in suffixes if kind == "plugin" else [""]:
@@ -149,14 +157,14 @@ class Evaluation:
         by = SAMPLERS[at.experiment.samplers[sampler].method](at.experiment.samplers[sampler])
         n, seconds = len(drawn["x"]), drawn["seconds"]
 
-        def row(metric: str, value: float, stderr: float, n: int = n, **more) -> Row:
-            return self._row(prior, metric, value, stderr, n, sampler=sampler, **more)
+        def row(metric: str, value: float, stderr: float, **more: Any) -> Row:
+            return self._row(prior, metric, value, stderr, n, sampler=sampler, seconds=seconds.sum().item(), **more)
 
         yield row("seconds-per-image", *mean_and_error(seconds)[:2])
         proposals = torch.stack([drawn[f"proposals/k{k:02d}"] for k in range(at.vae.groups)]).sum(0)
         yield row("proposals-per-image", *mean_and_error(proposals)[:2])
-        for k, share in under_floor(by, drawn).items():
-            yield row(f"ess-floor-share/{k}", share, (share * (1 - share) / n) ** 0.5)
+        for group, share in under_floor(by, drawn).items():
+            yield row(f"ess-floor-share/{group}", share, (share * (1 - share) / n) ** 0.5)
         for k in range(at.vae.groups):
             if by.weighs:
                 yield row(f"ess-fraction/k{k:02d}", *mean_and_error(drawn[f"ess/k{k:02d}"])[:2])

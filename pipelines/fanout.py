@@ -5,6 +5,7 @@ it runs never changes what it makes.
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -113,7 +114,7 @@ def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[A
         num_cpus=None if address else machine.workers * machine.threads,
         include_dashboard=None if address else False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": str(machine.threads)}},
     )
     try:

@@ -1,7 +1,9 @@
 """The figures of the report. Numbers come from results.csv alone; pictures of samples and latents from the artifacts."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 POINTS = 2000
-PLANE = 3.5  # half the side of the latent plane that is shown
+PLANE, CELLS = 3.5, 301  # half the side of the latent plane that is shown, and its resolution
 
 
 def of_results(frame: pd.DataFrame, folder: Path) -> Iterator[Path]:
@@ -48,7 +50,7 @@ def of_artifacts(at: Seeded, folder: Path) -> Iterator[Path]:
     Yields:
         The paths written.
     """
-    truth, layout = spec(at.experiment.dataset).truth, None
+    truth = spec(at.experiment.dataset).truth
     try:
         layout = at.vae.layout()
         drawn = {(prior, sampler): at.samples(prior, sampler)["x"] for prior, sampler in at.draws()}
@@ -76,6 +78,10 @@ def _panels(count: int, size: float = 3.6) -> tuple[Figure, list[Axes]]:
     for spare in axes.flat[count:]:
         spare.axis("off")
     return figure, list(axes.flat[:count])
+
+
+def _dots(axis: Axes, points: torch.Tensor, size: float, **style: Any) -> None:
+    axis.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=size, **style)
 
 
 def _convergence(experiment: str, frame: pd.DataFrame) -> Figure | None:
@@ -126,7 +132,7 @@ def _nce_against_ess(experiment: str, frame: pd.DataFrame) -> Figure | None:
 @torch.no_grad()
 def _hole(at: Seeded, corrected: str) -> Figure:
     """The aggregate posterior over the prior's contours, the learned log r, and what SIR draws from the learned prior."""
-    device, prior = hardware.device(), at.prior(corrected)
+    device, prior, options = hardware.device(), at.prior(corrected), at.experiment.priors[corrected]
     x = at.dataset.examples("test")[:POINTS].to(device)
     rows, codes = range(len(x)), []
     by_q = by_posterior(at.vae, x, lambda k: Noise(at.seed, "figure", k, rows=rows, device=device))
@@ -136,26 +142,29 @@ def _hole(at: Seeded, corrected: str) -> Figure:
         return codes[-1]
 
     descend(at.vae, len(x), choose)
-    sampler = next(name for name in at.experiment.priors[corrected].samplers if name.startswith("sir"))
-    best = max(
-        (n for n in at.experiment.priors[corrected].samplers if at.experiment.samplers[n].method == "sir"),
-        key=lambda n: at.experiment.samplers[n].proposals,
-        default=sampler,
-    )
-    drawn = at.samples(corrected, best)["z/k00"]
-    ticks = torch.linspace(-PLANE, PLANE, 301)
+    sampled = {
+        at.experiment.samplers[name].proposals: name
+        for name in options.samplers
+        if at.experiment.samplers[name].method == "sir"
+    }
+    sampler = sampled[max(sampled)]
+    drawn = at.samples(corrected, sampler)["z/k00"]
+    ticks = torch.linspace(-PLANE, PLANE, CELLS)
     plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).view(-1, 1, 2).to(device)
     context = at.vae.start(1)
-    log_r = prior.log_ratio(0, plane, context).view(301, 301).cpu()
-    log_p = prior.base(0, context).log_prob(plane).view(301, 301).cpu()
+    log_r = prior.log_ratio(0, plane, context).view(CELLS, CELLS).cpu()
+    log_p = prior.base(0, context).log_prob(plane).view(CELLS, CELLS).cpu()
     figure, axes = _panels(3, 4.2)
-    titles = ("q(z), and contours of the prior", f"log r(z) of {corrected}", f"{corrected} by {best}")
+    titles = ("q(z), and contours of the prior", f"log r(z) of {corrected}", f"{corrected} by {sampler}")
     for axis, title in zip(axes, titles, strict=True):
         axis.set(title=title, xlim=(-PLANE, PLANE), ylim=(-PLANE, PLANE), aspect="equal", xticks=[], yticks=[])
-        axis.contour(ticks, ticks, log_p, levels=log_p.max() - torch.tensor([4.5, 2.0, 0.5]), colors="tab:red", linewidths=1)
-    axes[0].scatter(*codes[0].cpu().T, s=2, alpha=0.5)
-    axes[1].imshow(log_r.clamp(-8, 8), extent=(-PLANE, PLANE, -PLANE, PLANE), origin="lower", cmap="RdBu_r", vmin=-8, vmax=8)
-    axes[2].scatter(*drawn[:POINTS].T, s=2, alpha=0.5)
+        levels = log_p.max().item() - np.array([4.5, 2.0, 0.5])  # three, two and one standard deviations of N(0, I)
+        axis.contour(ticks.numpy(), ticks.numpy(), log_p.numpy(), levels=levels, colors="tab:red", linewidths=1)
+    _dots(axes[0], codes[0].cpu(), 2, alpha=0.5)
+    axes[1].imshow(
+        log_r.clamp(-8, 8).numpy(), extent=(-PLANE, PLANE, -PLANE, PLANE), origin="lower", cmap="RdBu_r", vmin=-8, vmax=8
+    )
+    _dots(axes[2], drawn[:POINTS], 2, alpha=0.5)
     return figure
 
 
@@ -163,18 +172,18 @@ def _against_modes(drawn: dict[tuple[str, str], torch.Tensor], truth: Truth) -> 
     """Samples of every prior and sampler over the true modes."""
     figure, axes = _panels(len(drawn), 3.2)
     for axis, ((prior, sampler), x) in zip(axes, drawn.items(), strict=True):
-        axis.scatter(*x[:POINTS].T, s=2, alpha=0.4)
-        axis.scatter(*truth.means.T, s=12, facecolors="none", edgecolors="tab:red", linewidths=0.7)
+        _dots(axis, x[:POINTS], 2, alpha=0.4)
+        _dots(axis, truth.means, 12, facecolors="none", edgecolors="tab:red", linewidths=0.7)
         axis.set(title=f"{prior} by {sampler}", xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), aspect="equal", xticks=[], yticks=[])
     return figure
 
 
 def _grids(drawn: dict[tuple[str, str], torch.Tensor]) -> Figure:
-    """The first 64 samples of every prior and sampler."""
+    """The first samples, up to 64, of every prior and sampler."""
     figure, axes = _panels(len(drawn), 3.2)
     for axis, ((prior, sampler), x) in zip(axes, drawn.items(), strict=True):
-        side = x.shape[-1]
-        tiles = x[:64, 0].reshape(8, 8, side, side).permute(0, 2, 1, 3).reshape(8 * side, 8 * side)
-        axis.imshow(tiles, cmap="gray", vmin=0, vmax=1)
+        across, side = math.isqrt(min(64, len(x))), x.shape[-1]
+        tiles = x[: across**2, 0].reshape(across, across, side, side).permute(0, 2, 1, 3)
+        axis.imshow(tiles.reshape(across * side, across * side).numpy(), cmap="gray", vmin=0, vmax=1)
         axis.set(title=f"{prior} by {sampler}", xticks=[], yticks=[])
     return figure

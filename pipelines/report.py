@@ -51,13 +51,13 @@ def tables(frame: pd.DataFrame) -> Iterator[str]:
     for (experiment, dataset, model), own in frame.groupby(["experiment", "dataset", "model"]):
         seeds = own.seeds.max()
         yield f"## {experiment}\n\nData set {dataset}, model {model} (decoder after the slash), {seeds} seeds.\n"
-        truth = spec(dataset).truth
+        truth = spec(str(dataset)).truth
         if truth is not None:
             yield f"The truth's own expected log-likelihood, which no model exceeds, is {truth.ceiling:.3f} nats.\n"
         shown = own[own.metric.str.fullmatch(SHOWN)]
         yield "| metric | prior | sampler | mean | 95 % interval | unit | n |\n| --- | --- | --- | --- | --- | --- | --- |"
         for row in shown.sort_values(["metric", "prior", "sampler"]).itertuples():
-            unit = results.metric(row.metric).unit
+            unit = results.metric(str(row.metric)).unit
             yield f"| {row.metric} | {row.prior} | {row.sampler} | {row.value:.4g} | ± {row.interval:.2g} | {unit} | {row.n} |"
         yield ""
 

@@ -109,7 +109,7 @@ def write(path: Path, table: pd.DataFrame) -> None:
 def read(path: Path, made_by: str) -> pd.DataFrame:
     """Read a table. Raises UserError if it is missing or not one of ours; ``made_by`` is the command that makes it."""
     try:
-        table = pd.read_csv(io.StringIO(path.read_text(encoding="utf-8")), dtype=TEXT, keep_default_na=False)  # type: ignore[arg-type]
+        table = pd.read_csv(io.StringIO(path.read_text(encoding="utf-8")), dtype=TEXT, keep_default_na=False)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; make it with: {made_by}") from error
     except (OSError, ValueError) as error:

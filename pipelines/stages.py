@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Pipeline:
     """
 
     root: Path
-    machine: Machine = Machine()
+    machine: Machine = field(default_factory=Machine)
 
     @property
     def workspace(self) -> Workspace:
@@ -96,7 +96,9 @@ class Pipeline:
         _prune(self.workspace.artifacts(name) / "samples", [f"{prior}+{sampler}" for prior, sampler in chosen])
         keys = [(at, prior, sampler) for prior, sampler in chosen for at in seeds]
         tasks = [
-            Task(f"{prior} by {sampler}, seed {at.seed}", sample_task, {"at": at.fresh(), "prior": prior, "sampler": sampler})
+            Task(
+                f"{prior} by {sampler}, seed {at.seed}", sample_task, {"at": at.fresh(), "prior": prior, "sampler": sampler}
+            )
             for at, prior, sampler in keys
         ]
         shares = self._run("sample", name, tasks)
@@ -104,7 +106,9 @@ class Pipeline:
         for (at, prior, sampler), found in zip(keys, shares, strict=True):
             runs[at.seed] |= {f"{prior}/{sampler}/ess-floor-share/{group}": share for group, share in found.items()}
         for prior, sampler in chosen:
-            _warn_of_collapse(prior, sampler, [found for key, found in zip(keys, shares, strict=True) if key[1:] == (prior, sampler)])
+            _warn_of_collapse(
+                prior, sampler, [found for key, found in zip(keys, shares, strict=True) if key[1:] == (prior, sampler)]
+            )
         tracking.record(self.root, "sample", name, runs, {"sample": plain(experiment.sample)})
 
     def evaluate(self, name: str) -> None:

@@ -1,6 +1,7 @@
 """Mirror finished stages into MLflow. Files are the truth: whatever goes wrong here is a warning."""
 
 import hashlib
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -38,13 +39,11 @@ def _record(
 ) -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # a checkout without git is fine
-    import logging
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     import mlflow
     from mlflow.entities import Metric, Param, RunTag
 
+    for chatty in ("alembic", "mlflow"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     lock = root / "dvc.lock"
     tags = {
         "dvc.stage": f"{stage}@{experiment}",

@@ -69,7 +69,9 @@ def test_an_epoch_sees_every_image_once_and_binarisation_keeps_its_grey(name, tm
     epoch = torch.cat([data.train_batch(size, 0, step) for step in range(4)])
     whole = data.examples("train")
     assert abs(epoch.double().sum() / whole[: len(epoch)].double().sum() - 1) < 0.05
-    assert len(epoch.flatten(1).unique(dim=0)) == len(whole.flatten(1)[: len(epoch)].unique(dim=0)) or len(epoch) < len(whole)
+    assert len(epoch.flatten(1).unique(dim=0)) == len(whole.flatten(1)[: len(epoch)].unique(dim=0)) or len(epoch) < len(
+        whole
+    )
     with pytest.raises(UserError, match="lower batch"):
         data.train_batch(10**6, 0, 0)
 
@@ -147,6 +149,8 @@ def test_a_corrupt_download_is_refused_and_an_intact_one_is_used_without_a_mirro
 
 def test_no_network_names_the_mirror_variable(tmp_path, monkeypatch):
     monkeypatch.delenv("PRIORHOLE_MIRROR", raising=False)
-    monkeypatch.setattr(mnist.import_torchvision().datasets.MNIST, "download", lambda self: (_ for _ in ()).throw(OSError("no")))
+    monkeypatch.setattr(
+        mnist.import_torchvision().datasets.MNIST, "download", lambda self: (_ for _ in ()).throw(OSError("no"))
+    )
     with pytest.raises(UserError, match="PRIORHOLE_MIRROR"):
         fetched("mnist", tmp_path)

@@ -103,7 +103,7 @@ def test_plugin_and_sampler_bound_converge_to_the_exact_value_from_their_sides(g
 
 def test_the_plugin_is_optimistic_by_what_jensen_says():
     """E log Ẑ ≤ log Z: with few base samples the plug-in exceeds the exact value, on average over examples."""
-    x, found = measure(LinearVAE(), 300, [2, 2000], [2], n=400)
+    _, found = measure(LinearVAE(), 300, [2, 2000], [2], n=400)
     assert found["tilted/plugin/2"].mean() > found["tilted/plugin/2000"].mean() + 0.05
 
 

@@ -17,7 +17,10 @@ SMALL = {
     "residual-hvae": [
         ({"groups_per_scale": [2, 2], "latent_channels": 2, "width": 8, "halvings": 1}, (1, 8, 8)),
         ({"groups_per_scale": [3], "latent_channels": 1, "width": 8, "halvings": 3, "cells": 2}, (1, 28, 28)),
-        ({"groups_per_scale": [1, 1, 1], "latent_channels": 2, "width": 8, "halvings": 2, "likelihood": "normal"}, (3, 28, 28)),
+        (
+            {"groups_per_scale": [1, 1, 1], "latent_channels": 2, "width": 8, "halvings": 2, "likelihood": "normal"},
+            (3, 28, 28),
+        ),
     ],
 }
 CASES = [(name, options, shape) for name in MODELS for options, shape in SMALL[name]]
@@ -103,7 +106,12 @@ def test_the_residual_model_starts_at_its_prior_and_pads_what_does_not_divide():
     model = make(*CASES[2])
     parts = evidence(model, torch.rand(4, 1, 8, 8).round(), noise(model))
     assert all(kl.mean() < 1 for kl in parts.kl)
-    assert ResidualHVAE(ResidualHVAE.Options(groups_per_scale=[2, 1], latent_channels=1, width=4, halvings=3), (1, 28, 28)).padded == 32
+    assert (
+        ResidualHVAE(
+            ResidualHVAE.Options(groups_per_scale=[2, 1], latent_channels=1, width=4, halvings=3), (1, 28, 28)
+        ).padded
+        == 32
+    )
 
 
 def test_the_flat_model_has_one_group_and_no_context():

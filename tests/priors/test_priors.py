@@ -60,7 +60,10 @@ def groups_of(method, model, seed=0):
 def learned(method, model, folder, chosen=None):
     groups = groups_of(method, model)
     below = Prior(model, [GroupPrior(GroupPrior.Options(), group) for group in model.layout()])
-    slots = [Slot(k, groups[k], folder / f"k{k:02d}.safetensors", Identity("x", 0, {"k": k})) for k in chosen or range(model.groups)]
+    slots = [
+        Slot(k, groups[k], folder / f"k{k:02d}.safetensors", Identity("x", 0, {"k": k}))
+        for k in chosen or range(model.groups)
+    ]
     learn(below, slots, Pixels(), lambda *_: None)
     return Prior(model, groups)
 

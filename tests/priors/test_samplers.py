@@ -49,7 +49,9 @@ def draw(sampler, prior, rows=None):
 def test_sir_on_an_exact_ratio_draws_from_the_target():
     drawn = draw(SIR(SIR.Options(proposals=1000)), Known(two_modes))
     assert stats.kstest(drawn.z[:, 0].numpy(), cdf).pvalue > 0.01
-    exact = 1 / np.trapezoid(np.exp(2 * two_modes(t := torch.linspace(-8, 8, 40_001).double()).numpy()) / stats.norm.pdf(t), t)
+    exact = 1 / np.trapezoid(
+        np.exp(2 * two_modes(t := torch.linspace(-8, 8, 40_001).double()).numpy()) / stats.norm.pdf(t), t
+    )
     assert drawn.ess.mean().item() == pytest.approx(exact, abs=0.02)
     assert (drawn.proposals == 1000).all()
 

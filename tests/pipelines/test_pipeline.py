@@ -1,0 +1,225 @@
+"""The stages from end to end: same seed, same numbers, however the work was split or interrupted."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import double, kill_self, tiny, write_params
+
+from pipelines import results
+from pipelines.fanout import Machine
+from pipelines.stages import Pipeline
+from pipelines.work import Seeded
+from pipelines.workspace import Workspace
+from runtime import checkpoints
+from runtime.errors import UserError
+
+STAGES = ("fetch", "train_vae", "train_prior", "sample", "evaluate")
+TIMES = r"train-seconds|seconds-per-image"
+
+
+def run_all(folder, names, machine=Machine()):  # noqa: B008
+    pipeline = Pipeline(folder, machine)
+    for name in names:
+        for stage in STAGES:
+            getattr(pipeline, stage)(name)
+    pipeline.report()
+    return results.read(folder / "reports" / "results.csv", "")
+
+
+def numbers(table):
+    """Everything but times."""
+    return table[~table.metric.str.fullmatch(TIMES)].drop(columns="seconds").reset_index(drop=True)
+
+
+def weights(folder, pattern):
+    paths = sorted((folder / "artifacts").glob(pattern))
+    assert paths
+    return {str(path.relative_to(folder)): checkpoints.load(path, "")[0] for path in paths}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for path, tensors in first.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, second[path][name]), (path, name)
+
+
+def test_two_runs_from_scratch_give_identical_results(checkout, tmp_path_factory, monkeypatch):
+    first = numbers(run_all(checkout, ("flat", "deep")))
+    again = tmp_path_factory.mktemp("again")
+    write_params(again, tiny())
+    (again / "reports").mkdir()
+    (again / "reports" / "targets.yaml").write_text((checkout / "reports" / "targets.yaml").read_text())
+    monkeypatch.chdir(again)
+    second = numbers(run_all(again, ("flat", "deep"), Machine(workers=2)))  # side by side this time
+    assert first.equals(second)
+    _check_contents(first)
+    for name in ("flat-hole", "flat-samples", "flat-convergence", "deep-samples", "deep-nce-ess"):
+        assert (checkout / "reports" / "figures" / f"{name}.png").stat().st_size > 5_000
+    assert "| loglik | data |" in (checkout / "reports" / "results.md").read_text()
+
+
+def _check_contents(table):
+    assert set(table.experiment) == {"flat", "deep"}
+    flat = table[table.experiment == "flat"]
+    metrics = set(flat.metric)
+    assert {
+        "loglik",
+        "loglik-plugin",
+        "loglik-sampler",
+        "loglik-gain-sampler",
+        "mmd2/k00",
+        "off-mode-share",
+        "modes-hit",
+    } <= metrics
+    assert {"loglik-plugin/N5", "loglik-plugin/N20", "ess-fraction/k00", "acceptance/k00", "nce-loss/k00"} <= metrics
+    assert set(flat[flat.metric == "loglik-sampler"].sampler) == {"sir-5", "sir-20"}
+    deep = table[table.experiment == "deep"]
+    assert {"fid-digits-30", "kid-digits-30", "ess-fraction/k02", "log-z/k02"} <= set(deep.metric)
+    assert set(deep[deep.metric.str.startswith("fid")].prior) == {"normal", "ncp", "aggregate-posterior", "data"}
+    plugin = flat[(flat.metric == "loglik-plugin") & (flat.prior == "ncp")].set_index("seed").value
+    base = flat[(flat.metric == "loglik") & (flat.prior == "normal")].set_index("seed").value
+    gain = flat[(flat.metric == "loglik-gain-plugin") & (flat.prior == "ncp")].set_index("seed").value
+    assert (plugin - base - gain).abs().max() < 1e-4
+
+
+def test_one_two_and_k_shards_learn_the_same_classifiers(checkout):
+    for stage in ("fetch", "train_vae"):
+        getattr(Pipeline(checkout), stage)("deep")
+    found = []
+    for shards in (1, 2, 3):
+        Pipeline(checkout, Machine(workers=2, shards=shards)).train_prior("deep")
+        found.append(weights(checkout, "deep/priors/**/*.safetensors"))
+        for path in (checkout / "artifacts" / "deep" / "priors").rglob("*.safetensors"):
+            path.unlink()
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
+
+
+def test_gpus_that_the_cluster_lacks_are_said_at_once(checkout):
+    for stage in ("fetch", "train_vae"):
+        getattr(Pipeline(checkout), stage)("deep")
+    started = time.monotonic()
+    with pytest.raises(UserError, match="each shard asks for 64 GPU, the cluster has"):
+        Pipeline(checkout, Machine(shards=2, gpus=64)).train_prior("deep")
+    assert time.monotonic() - started < 60
+
+
+SLOWED = """
+import sys
+from pathlib import Path
+from metrics.features import OwnClassifier
+from runtime import training
+training.SAVE_SECONDS = 0.0
+from pipelines.stages import Pipeline
+getattr(Pipeline(Path.cwd()), sys.argv[1])("deep")
+"""
+
+
+def killed_midway(stage, folder, partial):
+    """Start a stage, SIGKILL it once a partial checkpoint is there, and return that checkpoint's step."""
+    process = subprocess.Popen([sys.executable, "-c", SLOWED, stage], cwd=folder, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (found := sorted((folder / "artifacts" / "deep").glob(partial))):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    return checkpoints.load(found[0], "")[1]["step"]
+
+
+def test_a_run_killed_in_both_stages_equals_the_undisturbed_one(checkout, tmp_path_factory, monkeypatch):
+    params = tiny()
+    params["experiments"]["deep"]["train"] |= {"steps": 150}
+    params["experiments"]["deep"]["priors"]["ncp"] |= {"steps": 150}
+    params["experiments"]["deep"]["seeds"] = [0]
+    other = tmp_path_factory.mktemp("killed")
+    for folder in (checkout, other):
+        write_params(folder, params)
+        Pipeline(folder).fetch("deep")
+    Pipeline(checkout).train_vae("deep")
+    Pipeline(checkout).train_prior("deep")
+    monkeypatch.chdir(other)
+    for stage, partial in (
+        ("train_vae", "vae/*.partial.safetensors"),
+        ("train_prior", "priors/ncp/seed-0/*.partial.safetensors"),
+    ):
+        assert 0 < killed_midway(stage, other, partial) < 150
+        getattr(Pipeline(other), stage)("deep")
+    assert_same(weights(checkout, "deep/**/*.safetensors"), weights(other, "deep/**/*.safetensors"))
+    assert not list((other / "artifacts").rglob("*.partial.safetensors"))
+
+
+def test_sampling_and_evaluation_go_on_from_a_partial_file(checkout, monkeypatch):
+    whole = numbers(run_all(checkout, ["flat"]))
+    from runtime import blocks
+
+    monkeypatch.setattr(blocks, "SAVE_SECONDS", 0.0)
+    path = Workspace(checkout).samples("flat", "ncp", "sir-20", 0)
+    tensors, document = checkpoints.load(path, "")
+    at = Seeded(Pipeline(checkout).config.model_dump(mode="json"), "flat", 0, checkout)
+    checkpoints.save(path, {name: values[:20] for name, values in tensors.items()}, at.samples_identity("ncp", "sir-20"))
+    assert document["config"] == at.samples_identity("ncp", "sir-20").config
+    Pipeline(checkout).sample("flat")
+    again = checkpoints.load(path, "")[0]
+    assert all(torch.equal(values, again[name]) for name, values in tensors.items() if name != "seconds")
+    assert whole.equals(numbers(run_all(checkout, ["flat"])))
+
+
+def test_only_what_changed_is_learned_anew_and_what_is_gone_is_dropped(checkout):
+    run_all(checkout, ["flat"])
+    folder = checkout / "artifacts" / "flat" / "priors"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    params = tiny()
+    params["experiments"]["flat"]["priors"]["ncp"]["steps"] = 35
+    del params["experiments"]["flat"]["priors"]["gmm"], params["experiments"]["flat"]["priors"]["ncp-gmm"]
+    write_params(checkout, params)
+    with pytest.raises(UserError, match=r"prior\.steps is 30 there and 35 here"):
+        Pipeline(checkout).sample("flat")
+    Pipeline(checkout).train_prior("flat")
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert {path.parts[-3] for path in after} == {"normal", "ncp"}
+    assert all((before[path] == after[path]) == ("normal" in path.parts) for path in after)
+
+
+def test_results_of_experiments_not_evaluated_here_are_kept(checkout):
+    run_all(checkout, ["flat"])
+    table = results.read(checkout / "reports" / "results.csv", "")
+    results.write(checkout / "reports" / "results.csv", table.assign(experiment="deep", value=1.5))
+    Pipeline(checkout).report()
+    merged = results.read(checkout / "reports" / "results.csv", "")
+    assert set(merged.experiment) == {"flat", "deep"}
+    assert (merged[merged.experiment == "deep"].value == 1.5).all()
+    assert not (merged[merged.experiment == "flat"].value == 1.5).all()
+
+
+def test_a_killed_worker_is_one_line_and_its_neighbours_finish(checkout):
+    from pipelines.fanout import Task, run
+
+    tasks = [Task("killed", kill_self, {}), Task("fine", double, {"x": 2})]
+    with pytest.raises(UserError, match="worker process was killed"):
+        run(tasks, Machine(workers=2), checkout / "progress")
+    assert run([Task("a", double, {"x": 2}), Task("b", double, {"x": 3})], Machine(workers=2), checkout / "p") == [4, 6]
+
+
+def test_runs_are_mirrored_into_mlflow_and_its_failure_is_a_warning(checkout, monkeypatch, capsys):
+    import mlflow
+
+    Pipeline(checkout).fetch("flat")
+    Pipeline(checkout).train_vae("flat")
+    client = mlflow.MlflowClient(f"sqlite:///{checkout}/mlruns.db")
+    runs = client.search_runs([client.get_experiment_by_name("flat").experiment_id])
+    assert {run.data.tags["seed"] for run in runs} == {"0", "1"}
+    assert {run.data.tags["dvc.stage"] for run in runs} == {"train-vae@flat"}
+    assert runs[0].data.params["train.steps"] == "40"
+    assert len(client.get_metric_history(runs[0].info.run_id, "loss")) == 40
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://store")
+    capsys.readouterr()
+    Pipeline(checkout).train_vae("flat")
+    assert capsys.readouterr().err.startswith("warning: this stage was not recorded in MLflow")

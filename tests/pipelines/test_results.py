@@ -1,0 +1,156 @@
+"""The results table: what is written is what is read, and the interval is the documented one."""
+
+import math
+
+import pytest
+
+from pipelines import results
+from pipelines.results import COLUMNS, Row
+from runtime.errors import UserError
+
+CONTRACT = [
+    "experiment",
+    "dataset",
+    "model",
+    "prior",
+    "sampler",
+    "metric",
+    "value",
+    "stderr",
+    "n",
+    "seed",
+    "seconds",
+    "device",
+    "features",
+    "target",
+    "revision",
+]
+
+
+def row(**changes):
+    given = {
+        "experiment": "gaussians25", "dataset": "gaussians25", "model": "mlp-vae/normal", "prior": "ncp", "sampler": "",
+        "metric": "loglik-plugin/N100", "value": -0.5, "stderr": 0.01, "n": 100, "seed": 0, "seconds": 0.0,
+        "device": "cpu", "features": "", "target": "", "revision": "r",
+    }  # fmt: skip
+    return Row(**(given | changes))
+
+
+def table(*changes):
+    return results.frame([row(**change) for change in changes])
+
+
+def test_columns_are_the_contract():
+    assert COLUMNS == CONTRACT
+
+
+def test_what_is_written_is_read_whatever_the_order(tmp_path):
+    seeds = table({"seed": 1, "value": math.pi}, {"seed": 0}, {"sampler": "sir-5", "metric": "loglik-sampler"})
+    results.write(tmp_path / "one.csv", seeds)
+    results.write(tmp_path / "two.csv", seeds[::-1])
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    found = results.read(tmp_path / "one.csv", "")
+    assert list(found.columns) == CONTRACT
+    assert found.seed.tolist() == [0, 1, 0]
+    assert found.value.tolist() == [-0.5, 3.141592654, -0.5]
+    assert found.sampler.tolist() == ["", "", "sir-5"]  # an empty text stays a text
+    assert (found.target == "").all()
+
+
+def test_writing_what_was_read_changes_nothing(tmp_path):
+    path = tmp_path / "results.csv"
+    results.write(path, table({"value": 1 / 3, "stderr": 1e-12}, {"seed": 1, "value": -1e20}))
+    before = path.read_bytes()
+    results.write(path, results.read(path, ""))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is missing; make it with: make it"),
+        (b"a,b\n1,2\n", "has the wrong columns; make it anew with: make it"),
+        (b"", "is not a results table .*; make it anew with: make it"),
+        (b"a,b\n1,2,3\n4\n5,6,7,8\n", "is not a results table .*; make it anew with: make it"),
+        (b"\xff\xfe\x00", "is not a results table .*; make it anew with: make it"),
+    ],
+)
+def test_a_file_that_is_no_results_table_is_one_line(tmp_path, content, message):
+    path = tmp_path / "results.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        results.read(path, "make it")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "better"),
+    [
+        ("loglik", "nats", "higher"),
+        ("loglik-plugin", "nats", "higher"),
+        ("loglik-plugin/N100", "nats", "higher"),
+        ("loglik-sampler", "nats", "higher"),
+        ("loglik-gain-plugin", "nats", "higher"),
+        ("loglik-gain-sampler", "nats", "higher"),
+        ("bits-per-dim", "bits/dim", "lower"),
+        ("ess-fraction/k03", "", "higher"),
+        ("ess-floor-share/k00", "", "lower"),
+        ("nce-loss/k29", "nats", ""),
+        ("log-z/k00", "nats", ""),
+        ("mmd2/k00", "", "lower"),
+        ("off-mode-share", "", "lower"),
+        ("modes-hit", "", "higher"),
+        ("fid-inception-50000", "", "lower"),
+        ("kid-digits-400", "", "lower"),
+        ("seconds-per-image", "s", "lower"),
+        ("proposals-per-image", "", "lower"),
+        ("train-seconds", "s", "lower"),
+        ("acceptance/k00", "", ""),
+    ],
+)
+def test_every_metric_of_the_contract_has_a_unit_and_a_direction(name, unit, better):
+    found = results.metric(name)
+    assert (found.unit, found.better) == (unit, better)
+    assert found.meaning
+
+
+@pytest.mark.parametrize(
+    "name", ["", "nll", "Loglik", "loglik-sampler/N10", "loglik-plugin/100", "nce-loss", "mmd2/3", "fid-50000"]
+)
+def test_a_row_of_an_unknown_metric_cannot_be_made(name):
+    with pytest.raises(UserError, match="is not a metric of the results table"):
+        row(metric=name)
+
+
+def test_several_seeds_add_their_spread_to_the_shared_error_of_the_test_set():
+    summary = results.over_seeds(
+        table(*({"seed": s, "value": v, "stderr": e} for s, v, e in ((0, 1, 0.3), (1, 2, 0.4), (2, 6, 0.5))))
+    )
+    (found,) = summary.itertuples()
+    spread = 4.302652730 * math.sqrt(7) / math.sqrt(3)  # t of 0.975 at 2 degrees of freedom; the sample variance is 7
+    shared = 1.96 * math.sqrt((0.09 + 0.16 + 0.25) / 3)
+    assert (found.value, found.seeds, found.n) == (3, 3, 100)
+    assert found.interval == pytest.approx(math.hypot(spread, shared), rel=1e-8)
+
+
+def test_the_shared_error_does_not_shrink_with_seeds():
+    equal = [{"seed": seed, "stderr": 0.1} for seed in range(50)]
+    assert results.over_seeds(table(*equal)).interval.item() == pytest.approx(0.196)
+    assert results.over_seeds(table(equal[0])).interval.item() == pytest.approx(0.196)
+
+
+def test_seeds_are_pooled_within_a_key_alone():
+    summary = results.over_seeds(
+        table(
+            {},
+            {"seed": 1},
+            {"sampler": "sir-5"},
+            {"model": "mlp-vae/bernoulli"},
+            {"experiment": "digits-nvae"},
+            {"prior": "gmm"},
+        )
+    )
+    assert len(summary) == 5
+    assert sorted(summary.seeds) == [1, 1, 1, 1, 2]
+    assert list(summary.columns) == [*results.KEYS, "value", "interval", "seeds", "n"]

@@ -1,0 +1,52 @@
+"""Experiments small enough for a test, and tasks that another process can import."""
+
+import os
+import signal
+
+import yaml
+
+
+def tiny():
+    """Two experiments at a budget of seconds: a flat model with everything, and a hierarchical one with three groups."""
+    ncp = {"method": "ncp", "steps": 30, "batch": 16, "network": {"width": 8, "depth": 1}}
+    common = {
+        "seeds": [0, 1],
+        "train": {"steps": 40, "batch": 16, "learning_rate": 0.002, "precision": "fp32", "ema": 0.9},
+        "samplers": {
+            "ancestral": {"method": "ancestral"},
+            "sir-20": {"method": "sir", "proposals": 20},
+            "langevin": {"method": "langevin", "steps": 3, "step_size": 0.01, "metropolis": True},
+        },
+        "sample": {"images": 30, "batch": 20, "decoding": "mean"},
+        "evaluate": {"likelihood": {"samples": 4, "normaliser": [5, 20], "proposals": [5]}, "examples": 30, "batch": 20},
+    }
+    priors = {
+        "normal": {"method": "normal", "samplers": ["ancestral"]},
+        "gmm": {"method": "gmm", "components": 2, "codes": 100, "batch": 50, "samplers": ["ancestral"]},
+        "ncp": ncp | {"samplers": ["sir-20", "langevin"]},
+        "ncp-gmm": ncp | {"base": "gmm", "samplers": ["sir-20"]},
+    }
+    flat = {
+        "dataset": "gaussians25",
+        "model": {"name": "mlp-vae", "latents": 2, "width": 16, "initial_std": 0.1},
+        "priors": priors,
+    }
+    deep = {
+        "dataset": "digits",
+        "model": {"name": "residual-hvae", "groups_per_scale": [2, 1], "latent_channels": 2, "width": 8, "halvings": 1},
+        "priors": {name: priors[name] for name in ("normal", "ncp")},
+        "evaluate": common["evaluate"] | {"features": "own"},
+    }
+    return {"run": ["flat", "deep"], "experiments": {"flat": common | flat, "deep": common | deep}}
+
+
+def write_params(folder, params):
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def kill_self(report):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def double(report, x):
+    return 2 * x
