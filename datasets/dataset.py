@@ -74,11 +74,15 @@ class Dataset:
         return self._as_examples(self._tensors[split], generator(0, f"binarise-{split}"))
 
     def images(self, split: str) -> Tensor:
-        """Grey images in [0, 1], float32 (n, *shape), of a data set of images."""
+        """Grey images in [0, 1], float32 (n, *shape). Raises UserError if the data are points."""
+        if self.spec.kind == "points":
+            raise UserError(f"{self.name} holds points, not images")
         return self._tensors[split].float() / 255
 
     def labels(self, split: str) -> Tensor:
-        """Class labels (n,), int64, of a data set that has them."""
+        """Class labels, int64 (n,). Raises UserError if the data set has none."""
+        if f"{split}-labels" not in self._tensors:
+            raise UserError(f"{self.name} has no labels")
         return self._tensors[f"{split}-labels"]
 
     def _as_examples(self, values: Tensor, stream: torch.Generator) -> Tensor:

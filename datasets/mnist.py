@@ -70,4 +70,7 @@ def _download(raw: Path) -> None:
     try:
         import_torchvision().datasets.MNIST(str(raw), download=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"MNIST cannot be downloaded; set {MIRROR} to a folder that holds mnist/*-ubyte.gz") from error
+        cause = " ".join(str(error).split())  # torchvision's messages have several lines
+        raise UserError(
+            f"MNIST cannot be downloaded ({cause}); set {MIRROR} to a folder that holds mnist/*-ubyte.gz"
+        ) from error

@@ -1,6 +1,8 @@
 import gzip
 import hashlib
+import os
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from datasets import dataset, gaussians25, mnist, registry
 from datasets.registry import DATASETS
 from runtime.errors import UserError
 
+SPLITS = ("train", "validation", "test")
 IDX = {
     "train-images-idx3-ubyte": (5_200, 28, 28),
     "train-labels-idx1-ubyte": (5_200,),
@@ -50,7 +53,7 @@ def test_every_data_set_keeps_the_contract(name, tmp_path, small_mnist):
     assert torch.equal(batch, again.train_batch(16, seed=1, step=3))
     assert not torch.equal(batch, data.train_batch(16, seed=1, step=4))
     assert not torch.equal(batch, data.train_batch(16, seed=2, step=3))
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         examples = data.examples(split)
         assert examples.shape[1:] == shape
         assert torch.equal(examples, again.examples(split))
@@ -61,19 +64,34 @@ def test_every_data_set_keeps_the_contract(name, tmp_path, small_mnist):
             assert len(data.labels(split)) == len(examples)
 
 
-@pytest.mark.parametrize("name", [name for name, spec in DATASETS.items() if spec.fresh is None])
-def test_an_epoch_sees_every_image_once_and_binarisation_keeps_its_grey(name, tmp_path, small_mnist, monkeypatch):
-    data = fetched(name, tmp_path)
-    monkeypatch.setattr(data, "spec", registry.DatasetSpec(**vars(data.spec) | {"shift": 0, "kind": "points"}))
-    size = len(data.examples("train")) // 4
-    epoch = torch.cat([data.train_batch(size, 0, step) for step in range(4)])
-    whole = data.examples("train")
-    assert abs(epoch.double().sum() / whole[: len(epoch)].double().sum() - 1) < 0.05
-    assert len(epoch.flatten(1).unique(dim=0)) == len(whole.flatten(1)[: len(epoch)].unique(dim=0)) or len(epoch) < len(
-        whole
-    )
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_second_fetch_keeps_a_current_file_and_heals_a_broken_one(name, tmp_path, small_mnist):
+    path = tmp_path / f"{name}.safetensors"
+    digest = fetched(name, tmp_path).digest
+    written = path.stat().st_mtime_ns
+    assert fetched(name, tmp_path).digest == digest
+    assert path.stat().st_mtime_ns == written
+    content = path.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], content[:-1] + bytes([content[-1] ^ 1])):
+        path.unlink()  # loaded tensors are maps of the old file
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"is corrupt .*; delete it and run: priorhole fetch") as error:
+            dataset.load(name, path)
+        assert "\n" not in str(error.value)
+        assert fetched(name, tmp_path).digest == digest
+
+
+def test_an_epoch_sees_every_example_once_in_an_order_of_its_own(monkeypatch):
+    plain = replace(DATASETS["digits"], kind="points", shift=0)
+    monkeypatch.setitem(DATASETS, "numbered", plain)
+    data = dataset.Dataset("numbered", {"train": torch.arange(24.0)}, digest="")
+    epochs = torch.stack([data.train_batch(6, 0, step) for step in range(12)]).view(3, 24)
+    assert torch.equal(epochs.sort().values, torch.arange(24.0).expand(3, 24))
+    assert len(epochs.unique(dim=0)) == 3
+    # What a batch size leaves over waits for the next epoch: no batch mixes two.
+    assert len(torch.cat([data.train_batch(7, 0, step) for step in range(3)]).unique()) == 21
     with pytest.raises(UserError, match="lower batch"):
-        data.train_batch(10**6, 0, 0)
+        data.train_batch(25, 0, 0)
 
 
 def test_binarisation_is_right_on_average(tmp_path):
@@ -102,12 +120,13 @@ def test_the_grid_of_gaussians_has_the_density_it_claims(tmp_path):
     assert mass.item() == pytest.approx(1, abs=1e-3)
 
 
-def test_splits_do_not_overlap(tmp_path):
+def test_the_digits_are_split_by_class_without_overlap(tmp_path):
     data = fetched("digits", tmp_path)
-    assert [len(data.images(split)) for split in ("train", "validation", "test")] == [1197, 200, 400]
-    rows = [set(map(bytes, data._tensors[split].flatten(1).numpy())) for split in ("train", "validation", "test")]
-    assert not rows[0] & rows[2]
-    assert not rows[1] & rows[2]
+    counts = torch.stack([data.labels(split).bincount() for split in SPLITS])
+    assert counts.sum(1).tolist() == [1197, 200, 400]
+    assert (counts / counts.sum(1, keepdim=True) - 0.1).abs().max() < 0.01
+    rows = [set(map(bytes, data._tensors[split].flatten(1).numpy())) for split in SPLITS]
+    assert len(set.union(*rows)) == sum(map(len, rows))
 
 
 def test_a_missing_or_wrong_or_unknown_data_set_is_one_line(tmp_path):
@@ -118,6 +137,14 @@ def test_a_missing_or_wrong_or_unknown_data_set_is_one_line(tmp_path):
         dataset.load("gaussians25", tmp_path / "digits.safetensors")
     with pytest.raises(UserError, match="there are gaussians25, digits, mnist"):
         registry.spec("imagenet")
+
+
+def test_points_have_neither_images_nor_labels(tmp_path):
+    data = fetched("gaussians25", tmp_path)
+    with pytest.raises(UserError, match="points, not images"):
+        data.images("test")
+    with pytest.raises(UserError, match="no labels"):
+        data.labels("test")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "other content", "missing"])
@@ -147,10 +174,18 @@ def test_a_corrupt_download_is_refused_and_an_intact_one_is_used_without_a_mirro
         fetched("mnist", tmp_path)
 
 
-def test_no_network_names_the_mirror_variable(tmp_path, monkeypatch):
+def test_no_network_names_the_cause_and_the_mirror_variable(tmp_path, monkeypatch):
     monkeypatch.delenv("PRIORHOLE_MIRROR", raising=False)
-    monkeypatch.setattr(
-        mnist.import_torchvision().datasets.MNIST, "download", lambda self: (_ for _ in ()).throw(OSError("no"))
-    )
-    with pytest.raises(UserError, match="PRIORHOLE_MIRROR"):
+    closed = ["http://127.0.0.1:9/"]  # the discard port: nobody listens
+    monkeypatch.setattr(mnist.import_torchvision().datasets.MNIST, "mirrors", closed)
+    with pytest.raises(UserError, match=r"127\.0\.0\.1.*PRIORHOLE_MIRROR") as error:
         fetched("mnist", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif("PRIORHOLE_MIRROR" not in os.environ, reason="needs a mirror of the real MNIST")
+def test_the_real_mnist_is_what_everyone_knows(tmp_path):
+    data = fetched("mnist", tmp_path)
+    assert [len(data.images(split)) for split in SPLITS] == [55_000, 5_000, 10_000]
+    assert torch.cat([data.images("train"), data.images("validation")]).mean().item() == pytest.approx(0.1307, abs=1e-4)
+    assert data.labels("test").bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]

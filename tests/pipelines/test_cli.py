@@ -1,0 +1,177 @@
+"""Bad input gets one line, exit code 2 and no traceback; good input gets its answer."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import yaml
+from tiny import tiny, write_params
+
+from pipelines import cli
+
+
+def call(monkeypatch, capsys, *arguments):
+    """Run the command in this process: exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["priorhole", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """The one line of a refusal."""
+    code, _, err = call(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    (line,) = err.strip().splitlines()
+    return line
+
+
+def changed(path, value):
+    """The tiny parameters with one key, given by its path, set (or dropped, for None)."""
+    params = copy.deepcopy(tiny())
+    *parents, last = path.split(".")
+    at = params
+    for name in parents:
+        at = at[int(name)] if isinstance(at, list) else at[name]
+    if value is None:
+        del at[last]
+    else:
+        at[last] = value
+    return params
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("experiments.flat.model.latent", 3, ("experiments.flat.model.latent", "not permitted")),
+        ("experiments.flat.train.steps", "many", ("experiments.flat.train.steps", "valid integer")),
+        ("experiments.flat.train.steps", None, ("experiments.flat.train.steps", "required")),
+        ("experiments.flat.model.latents", 0, ("experiments.flat.model.latents", "greater than or equal to 1")),
+        ("experiments.deep.model.groups_per_scale", [], ("experiments.deep.model.groups_per_scale", "at least 1 item")),
+        ("experiments.deep.model.groups_per_scale", [2, 0], ("groups_per_scale.1", "greater than or equal to 1")),
+        ("experiments.flat.samplers.sir-20.proposals", 0, ("samplers.sir-20.proposals", "greater than or equal to 1")),
+        ("experiments.flat.model.initial_std", -0.1, ("experiments.flat.model.initial_std", "greater than 0")),
+        ("experiments.flat.samplers.langevin.step_size", 0.0, ("samplers.langevin.step_size", "greater than 0")),
+        ("experiments.flat.dataset", "imagenet", ("experiments.flat", "imagenet", "gaussians25, digits, mnist")),
+        ("experiments.flat.model.name", "gan", ("experiments.flat.model", "'mlp-vae', 'residual-hvae'")),
+        ("experiments.flat.priors.ncp.method", "magic", ("experiments.flat.priors.ncp", "'normal', 'gmm', 'ncp'")),
+        ("experiments.flat.priors.ncp.steps", -5, ("experiments.flat.priors.ncp.steps", "greater than or equal to 1")),
+        ("experiments.flat.priors.ncp.samplers", ["ancestral"], ("priors.ncp.samplers", "use sir or langevin")),
+        ("experiments.flat.priors.ncp.samplers", ["sir-9"], ("priors.ncp.samplers", "'sir-9'")),
+        ("experiments.flat.priors.ncp-gmm.base", "ncp-gmm", ("priors.ncp-gmm.base", "listed before")),
+        ("experiments.flat.priors.ncp-gmm.base", "ncp", ("priors.ncp-gmm.base", "no exact density")),
+        ("experiments.flat.priors.normal", None, ("experiments.flat", "priors must include 'normal'")),
+        ("experiments.flat.seeds", [0, 0], ("experiments.flat", "seeds must differ")),
+        ("experiments.flat.evaluate.features", "vgg", ("experiments.flat.evaluate.features", "'own'")),
+        ("run", ["nothing"], ("nothing", "not among the experiments")),
+        ("run", "flat", ("run", "valid list")),
+    ],
+)
+def test_a_wrong_parameter_is_named_by_its_path(checkout, monkeypatch, capsys, path, value, says):
+    write_params(checkout, changed(path, value))
+    line = refused(monkeypatch, capsys, "train-vae", "flat")
+    assert line.startswith("error: params.yaml: ")
+    assert all(part in line for part in says), line
+
+
+def test_an_experiment_params_or_yaml_that_is_not_there(checkout, monkeypatch, capsys):
+    assert "there are flat, deep" in refused(monkeypatch, capsys, "fetch", "celebrities")
+    (checkout / "params.yaml").write_text("run: [")
+    assert "not valid YAML" in refused(monkeypatch, capsys, "list")
+    (checkout / "params.yaml").write_text("- a list")
+    assert "must be a mapping" in refused(monkeypatch, capsys, "list")
+    (checkout / "params.yaml").unlink()
+    assert "run priorhole in the folder that holds it" in refused(monkeypatch, capsys, "list")
+
+
+def test_each_stage_names_the_one_that_has_to_come_before(checkout, monkeypatch, capsys):
+    for stage, needs in (("train-vae", "priorhole fetch"), ("report", None)):
+        if needs:
+            assert needs in refused(monkeypatch, capsys, stage, "flat")
+    cli_run = lambda *arguments: call(monkeypatch, capsys, *arguments)  # noqa: E731
+    assert cli_run("fetch", "flat")[0] == 0
+    assert "priorhole train-vae flat" in refused(monkeypatch, capsys, "train-prior", "flat")
+    assert cli_run("train-vae", "flat")[0] == 0
+    assert "priorhole train-prior flat" in refused(monkeypatch, capsys, "sample", "flat")
+    path = checkout / "artifacts" / "flat" / "vae" / "seed-1.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:1000])
+    assert "seed-1.safetensors is corrupt" in refused(monkeypatch, capsys, "train-prior", "flat")
+    path.write_bytes(content)
+    write_params(checkout, changed("experiments.flat.model.width", 24))
+    assert "model.width is 16 there and 24 here" in refused(monkeypatch, capsys, "train-prior", "flat")
+    assert path.read_bytes() == content
+    (checkout / "data" / "flat.safetensors").write_bytes(b"partial")
+    assert "flat.safetensors is corrupt" in refused(monkeypatch, capsys, "train-vae", "flat")
+    assert "results.csv is missing; make it with: priorhole report" in refused(monkeypatch, capsys, "compare")
+
+
+def test_a_full_disk_stops_a_stage_with_one_line_and_keeps_what_was_written(checkout):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    script = "import sys; sys.argv = ['priorhole', 'train-vae', 'flat']; from pipelines import cli; "
+    fetch = [sys.executable, "-c", script.replace("train-vae", "fetch") + "cli.main()"]
+    assert subprocess.run(fetch, cwd=checkout).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-c", script + limit + "cli.main()"], cwd=checkout, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .endswith("no space left on the device; free some and run the same command again")
+    )
+    assert (checkout / "data" / "flat.safetensors").exists()
+
+
+def test_a_dry_run_prints_the_resolved_configuration_and_writes_nothing(checkout, monkeypatch, capsys):
+    before = sorted(checkout.rglob("*"))
+    code, out, _ = call(monkeypatch, capsys, "train-vae", "flat", "--dry-run")
+    assert code == 0
+    resolved = yaml.safe_load(out)
+    assert resolved["train"]["steps"] == 40
+    assert resolved["train"]["warmup"] == 100  # a default, spelt out
+    assert sorted(checkout.rglob("*")) == before
+
+
+def test_list_marks_what_a_plain_repro_runs(checkout, monkeypatch, capsys):
+    write_params(checkout, changed("run", ["deep"]))
+    lines = call(monkeypatch, capsys, "list")[1].splitlines()
+    assert lines[0].startswith("  flat: gaussians25, mlp-vae, 2 seeds")
+    assert lines[1].startswith("* deep: digits")
+
+
+def test_compare_exits_1_when_a_tested_claim_fails(checkout, monkeypatch, capsys):
+    from pipelines import results
+    from pipelines.results import Row
+
+    def row(value):
+        return Row(
+            "gaussians25",
+            "gaussians25",
+            "mlp-vae/normal",
+            "ncp",
+            "sir-500",
+            "loglik-sampler",
+            value,
+            0.01,
+            9,
+            0,
+            0.0,
+            "cpu",
+            "",
+            "",
+            "r",
+        )
+
+    results.write(checkout / "reports" / "results.csv", results.frame([row(-0.2)]))
+    code, out, _ = call(monkeypatch, capsys, "compare")
+    assert code == 0
+    assert "reproduced" in out
+    results.write(checkout / "reports" / "results.csv", results.frame([row(-2.0)]))
+    code, out, _ = call(monkeypatch, capsys, "compare")
+    assert code == 1
+    assert "not reproduced" in out
