@@ -117,7 +117,7 @@ def log_likelihoods(
 
     Returns:
         Tensors (rows,), nats: ``NAME`` for an exact prior; for a corrected one ``NAME/plugin/N``, ``NAME/sampler/M``, and
-        ``NAME/log-z/k00`` … (mean over the example's posterior samples of log Ẑ_k at the largest N).
+        ``NAME/log-z/k00/N`` … (mean over the example's posterior samples of log Ẑ_k).
     """
     device, S, marks = x.device, options.samples, _marks(options)
     features = [feature.repeat(S, *[1] * (feature.dim() - 1)) for feature in model.encode(x)]
@@ -145,8 +145,8 @@ def log_likelihoods(
                     else _fresh_log_sums(prior, k, context, stream(f"normaliser-{name}", k), marks)
                 )
                 _add_normalisers(name, sums, log_r, options, log_norm)
-                largest = max(options.normaliser)
-                log_z[f"{name}/log-z/k{k:02d}"] = (sums[largest] - math.log(largest)).view(S, -1).mean(0)
+                for n in options.normaliser:
+                    log_z[f"{name}/log-z/k{k:02d}/{n}"] = (sums[n] - math.log(n)).view(S, -1).mean(0)
         return z
 
     decoded = model.decode(descend(model, S * len(x), choose))

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import pandas as pd
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from scipy.stats import spearmanr
 
 from pipelines import results
@@ -25,12 +25,14 @@ from runtime.options import Options
 
 SIGNIFICANCE = 0.05
 
+Text = Annotated[str, Field(min_length=1)]
+
 
 class Tolerance(Options):
     """How much worse than the paper's value still counts, in the metric's unit, and why."""
 
     value: Annotated[float, Field(ge=0)]
-    reason: str
+    reason: Text
 
 
 class Subject(Options):
@@ -39,6 +41,15 @@ class Subject(Options):
     prior: str
     sampler: str = ""
     metric: str
+
+    @field_validator("metric")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        try:
+            results.metric(name.replace("*", "k00"))
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return name
 
 
 class Claim(Options):
@@ -54,13 +65,14 @@ class Claim(Options):
         against: for an ordering, the rows that the subject is to be better than; for a correlation, the other metric.
         kind, direction, tolerance: how it is judged.
         untested: why no command can test it yet.
+        decoder: the decoder's likelihood, where the number depends on it.
     """
 
     id: str
     paper: Literal["NCP-VAE", "EVaLP"]
-    statement: str
+    statement: Text
     value: float | None = None
-    source: str
+    source: Text
     standing: Literal["found", "seed", "derived", "recalled"]
     experiment: str
     subject: Subject | None = None
@@ -68,10 +80,14 @@ class Claim(Options):
     kind: Literal["absolute", "gain", "ordering", "correlation"]
     direction: Literal["higher", "lower"]
     tolerance: Tolerance | None = None
-    untested: str | None = None
+    untested: Text | None = None
+    decoder: Text | None = None
 
     @model_validator(mode="after")
     def _testable_or_not(self) -> "Claim":
+        starred = [subject for subject in (self.subject, self.against) if subject is not None and "*" in subject.metric]
+        if starred and self.kind != "correlation":
+            raise ValueError("only a correlation is over all groups; name one group instead of *")
         if self.untested is None:
             if self.standing == "recalled":
                 raise ValueError("a recalled number is never tested; say in `untested` why")
@@ -106,11 +122,11 @@ def load(path: Path) -> list[Claim]:
         return Targets.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).claims
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
+        key = ".".join(map(str, first["loc"])) or "top level"
         raise UserError(f"{path}: {key}: {first['msg'].removeprefix('Value error, ')}") from None
 
 

@@ -19,11 +19,13 @@ app = typer.Typer(
 
 Name = Annotated[str, typer.Argument(help="Experiment, as named in params.yaml.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
-Threads = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_THREADS", help="CPU threads of each task.")]
-Workers = Annotated[
-    int, typer.Option(min=0, envvar="PRIORHOLE_WORKERS", help="Tasks side by side; 0: as many as the cores allow.")
-]
-Shards = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_SHARDS", help="Parts into which a prior's groups are dealt; above 1 they are Ray tasks (RAY_ADDRESS names a cluster).")]  # fmt: skip
+THREADS = "CPU threads of each task."
+WORKERS = "Tasks side by side; 0: as many as the cores allow."
+SHARDS = "Parts into which a prior's groups are dealt; above 1 they are Ray tasks (RAY_ADDRESS names a cluster)."
+
+Threads = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_THREADS", help=THREADS)]
+Workers = Annotated[int, typer.Option(min=0, envvar="PRIORHOLE_WORKERS", help=WORKERS)]
+Shards = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_SHARDS", help=SHARDS)]
 Gpus = Annotated[float, typer.Option(min=0, help="GPUs of each shard.")]
 
 
@@ -102,7 +104,15 @@ def report() -> None:
 @app.command()
 def compare() -> None:
     """Hold the results against the papers' claims. Exits 1 if a claim that was tested fails."""
-    if _pipeline().compare():
+    from rich.console import Console
+
+    from pipelines import claims, results
+    from pipelines.workspace import Workspace
+
+    workspace = Workspace(Path.cwd())
+    verdicts = claims.judge(claims.load(workspace.targets), results.read(workspace.results, "priorhole report"))
+    Console(width=None if sys.stdout.isatty() else 160).print(claims.console(verdicts))
+    if any(verdict.failed for verdict in verdicts):
         raise typer.Exit(1)
 
 

@@ -116,8 +116,13 @@ class Evaluation:
                 continue
             kind, _, detail = what.partition("/")
             value, stderr, n = mean_and_error(values)
-            if kind in ("nce-loss", "log-z"):
+            if kind == "nce-loss":
                 yield self._row(prior, what, value, stderr, n)
+                continue
+            if kind == "log-z":
+                group, _, count = detail.partition("/")
+                for suffix in _suffixes(int(count), options):
+                    yield self._row(prior, f"log-z/{group}{suffix}", value, stderr, n)
                 continue
             gain, gain_error, _ = mean_and_error(values.double() - found[BASELINE].double())
             if kind == "":
@@ -128,8 +133,7 @@ class Evaluation:
             # The pool of base samples is shared by all examples, so its error does not average out over them.
             total, gain_total = (math.hypot(error, pool_errors[prior]) for error in (stderr, gain_error))
             sampler = samplers.get(int(detail), f"sir-{detail}") if kind == "sampler" else ""
-            suffixes = [f"/N{detail}", ""] if int(detail) == max(options.normaliser) else [f"/N{detail}"]
-            for suffix in suffixes if kind == "plugin" else [""]:
+            for suffix in _suffixes(int(detail), options) if kind == "plugin" else [""]:
                 yield self._row(prior, f"loglik-{kind}{suffix}", value, total, n, sampler=sampler)
                 yield self._row(prior, f"loglik-gain-{kind}{suffix}", gain, gain_total, n, sampler=sampler)
 
@@ -207,6 +211,11 @@ class Evaluation:
     @cached_property
     def _reference(self) -> Tensor:
         return self._network(self.at.dataset.images("train"))
+
+
+def _suffixes(count: int, options: LikelihoodOptions) -> list[str]:
+    """Of the metrics that are read off at several N: the largest stands under the plain name too."""
+    return [f"/N{count}", ""] if count == max(options.normaliser) else [f"/N{count}"]
 
 
 def _bandwidths(values: list[float]) -> str:

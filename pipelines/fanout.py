@@ -88,7 +88,8 @@ def _in_processes(calls: Sequence[tuple[Task, Path, int]], workers: int) -> list
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker process was killed (out of memory, perhaps); run the same command again: it goes on from the last checkpoint"
+                "a worker process was killed (out of memory, perhaps); "
+                "run the same command again: it goes on from the last checkpoint"
             ) from error
 
 

@@ -92,7 +92,7 @@ def _convergence(experiment: str, frame: pd.DataFrame) -> Figure | None:
     plugin = curves.metric.str.startswith("loglik-plugin")
     text = curves.metric.where(plugin, curves.sampler).str.extract(r"(\d+)$")[0]
     curves["count"], curves["kind"] = text.astype(int), np.where(plugin, "plug-in, N", "sampler bound, M")
-    figure, (axis,) = _panels(1, 5.0)
+    figure, (axis, below) = _panels(2, 5.0)
     for (prior, kind), curve in curves.groupby(["prior", "kind"]):
         ordered = curve.sort_values("count")
         axis.errorbar(ordered["count"], ordered.value, ordered.interval, marker="o", capsize=3, label=f"{prior}: {kind}")
@@ -101,6 +101,20 @@ def _convergence(experiment: str, frame: pd.DataFrame) -> Figure | None:
         axis.annotate(exact.prior, (0.01, exact.value), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
     axis.set(xscale="log", xlabel="base samples per context", ylabel="log-likelihood (nats per example)", title=experiment)
     axis.legend(fontsize=8)
+    log_z = frame[frame.metric.str.match(r"log-z/k\d\d/N")]
+    for (prior, group), curve in log_z.groupby(["prior", log_z.metric.str[6:9]]):
+        counts = curve.metric.str.extract(r"(\d+)$")[0].astype(int)
+        order = counts.argsort()
+        below.errorbar(
+            counts.iloc[order],
+            curve.value.iloc[order],
+            curve.interval.iloc[order],
+            marker="o",
+            capsize=3,
+            label=f"{prior}, {group}",
+        )
+    below.set(xscale="log", xlabel="base samples per context, N", ylabel="log Ẑ (nats)", title=experiment)
+    below.legend(fontsize=8)
     return figure
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -16,12 +17,12 @@ MARKS = re.compile(r"(<!-- results -->\n).*(<!-- /results -->)", re.DOTALL)
 
 SHOWN = (
     r"loglik(-plugin|-sampler)?|loglik-gain(-plugin|-sampler)?|off-mode-share|modes-hit|fid-.*|kid-.*|mmd2/k00|"
-    r"ess-fraction/k00|ess-floor-share/k00|nce-loss/.*|log-z/.*|acceptance/k00|seconds-per-image|proposals-per-image|train-seconds"
+    r"ess-fraction/k00|ess-floor-share/k00|nce-loss/.*|log-z/k\d\d|acceptance/k00|seconds-per-image|proposals-per-image|train-seconds"
 )
 
 
 def gather(workspace: Workspace, config: Config, judged: Sequence[claims.Claim]) -> pd.DataFrame:
-    """All results: the evaluated experiments' own tables, and, of those not evaluated here, what results.csv held already."""
+    """All results: the evaluated experiments' own tables; of those not evaluated here, what results.csv held already."""
     tables = []
     for name in config.experiments:
         path = workspace.evaluation(name) / "results.csv"
@@ -57,9 +58,13 @@ def tables(frame: pd.DataFrame) -> Iterator[str]:
         shown = own[own.metric.str.fullmatch(SHOWN)]
         yield "| metric | prior | sampler | mean | 95 % interval | unit | n |\n| --- | --- | --- | --- | --- | --- | --- |"
         for row in shown.sort_values(["metric", "prior", "sampler"]).itertuples():
-            unit = results.metric(str(row.metric)).unit
-            yield f"| {row.metric} | {row.prior} | {row.sampler} | {row.value:.4g} | ± {row.interval:.2g} | {unit} | {row.n} |"
+            cells = (row.metric, row.prior, row.sampler, f"{row.value:.4g}", f"± {row.interval:.2g}", _unit(row), row.n)
+            yield f"| {' | '.join(map(str, cells))} |"
         yield ""
+
+
+def _unit(row: Any) -> str:
+    return results.metric(row.metric).unit
 
 
 def write(workspace: Workspace, table: pd.DataFrame, verdicts: Sequence[claims.Verdict]) -> list[Path]:

@@ -35,7 +35,9 @@ METRICS: dict[str, Metric] = {
     r"ess-floor-share/k\d\d": Metric("", "lower", "share of images whose effective sample size is under the floor"),
     r"acceptance/k\d\d": Metric("", "", "share of Langevin steps that the Metropolis correction accepts"),
     r"nce-loss/k\d\d": Metric("nats", "", "classifier's loss on test examples; 2 ln 2 = 1.386 at chance"),
-    r"log-z/k\d\d": Metric("nats", "", "log Ẑ at the largest N; 0 for an optimal classifier"),
+    r"log-z/k\d\d(/N\d+)?": Metric(
+        "nats", "", "log Ẑ from N base samples, the largest N if unnamed; 0 for an optimal classifier"
+    ),
     r"mmd2/k\d\d": Metric("", "lower", "squared MMD of the prior's latents to the aggregate posterior of test examples"),
     r"off-mode-share": Metric("", "lower", "share of samples farther than 4σ from every mode"),
     r"modes-hit": Metric("", "higher", "modes with a sample within 4σ"),
@@ -92,7 +94,7 @@ class Row:
 
 COLUMNS = [column.name for column in fields(Row)]
 KEYS = ["experiment", "dataset", "model", "prior", "sampler", "metric"]
-TEXT = dict.fromkeys((*KEYS, "device", "features", "target", "revision"), str)
+TYPES = {column.name: column.type for column in fields(Row)}
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
@@ -103,13 +105,14 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
 def write(path: Path, table: pd.DataFrame) -> None:
     """Write a table atomically, in a fixed order and with ten significant digits. Raises UserError if that fails."""
     ordered = table[COLUMNS].sort_values([*KEYS, "seed"], kind="stable")
-    write_text(path, ordered.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+    write_text(path, ordered.to_csv(index=False, float_format="%.10g", na_rep="nan", lineterminator="\n"))
 
 
 def read(path: Path, made_by: str) -> pd.DataFrame:
     """Read a table. Raises UserError if it is missing or not one of ours; ``made_by`` is the command that makes it."""
     try:
-        table = pd.read_csv(io.StringIO(path.read_text(encoding="utf-8")), dtype=TEXT, keep_default_na=False)
+        text = io.StringIO(path.read_text(encoding="utf-8"))
+        table = pd.read_csv(text, dtype=TYPES, keep_default_na=False, na_values={"value": ["nan"], "stderr": ["nan"]})
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; make it with: {made_by}") from error
     except (OSError, ValueError) as error:
@@ -133,7 +136,7 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     summaries = []
     for key, own in table.groupby(KEYS, sort=True):
         seeds = len(own)
-        spread = student.ppf(0.975, seeds - 1) * own.value.std() / math.sqrt(seeds) if seeds > 1 else 0.0
+        spread = student.ppf(0.975, seeds - 1) * own.value.std(skipna=False) / math.sqrt(seeds) if seeds > 1 else 0.0
         shared = 1.96 * math.sqrt((own.stderr**2).mean())
-        summaries.append((*key, own.value.mean(), math.hypot(spread, shared), seeds, int(own.n.max())))
+        summaries.append((*key, own.value.mean(skipna=False), math.hypot(spread, shared), seeds, int(own.n.max())))
     return pd.DataFrame(summaries, columns=[*KEYS, "value", "interval", "seeds", "n"])

@@ -65,7 +65,7 @@ class Pipeline:
         )
 
     def train_prior(self, name: str) -> None:
-        """Stage 2: learn every prior of every seed, its groups dealt over the shards. A base comes before what is put on it."""
+        """Stage 2: learn every prior of every seed, its groups dealt over the shards; a base before what is put on it."""
         experiment, seeds = self._seeds(name)
         _prune(self.workspace.artifacts(name) / "priors", experiment.priors)
         groups = seeds[0].vae.groups
@@ -139,15 +139,6 @@ class Pipeline:
         for name, experiment in config.experiments.items():
             written += figures.of_artifacts(Seeded(raw, name, experiment.seeds[0], self.root), folder)
         return written
-
-    def compare(self) -> bool:
-        """Print what the results say of the papers' claims. Returns whether a tested claim failed."""
-        from rich.console import Console
-
-        judged = claims.load(self.workspace.targets)
-        verdicts = claims.judge(judged, results.read(self.workspace.results, "priorhole report"))
-        Console(width=None if sys.stdout.isatty() else 160).print(claims.console(verdicts))
-        return any(verdict.failed for verdict in verdicts)
 
 
 def _prune(folder: Path, keep: Iterable[str]) -> None:

@@ -53,7 +53,8 @@ def test_training_code_needs_neither_dvc_nor_mlflow_nor_ray():
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy():
-    script = "import sys; sys.argv = ['priorhole', '--help']\nfrom pipelines import cli\ntry: cli.main()\nexcept SystemExit: pass\n"
+    script = "import sys; sys.argv = ['priorhole', '--help']\nfrom pipelines import cli\n"
+    script += "try: cli.main()\nexcept SystemExit: pass\n"
     script += "print([m for m in ('torch', 'mlflow', 'pandas', 'numpy', 'ray', 'dvc') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -154,6 +154,10 @@ def test_what_is_loaded_is_what_was_written(tmp_path):
         ({"subject": {"prior": "ncp"}}, r"claims\.0\.subject\.metric: Field required"),
         ({"tolerance": {"value": 0.1}}, r"claims\.0\.tolerance\.reason: Field required"),
         ({"tolerance": {"value": -0.1, "reason": "r"}}, r"claims\.0\.tolerance\.value: .* greater than or equal to 0"),
+        ({"subject": NCP | {"metric": "loglikelihood"}}, r"claims\.0\.subject\.metric: 'loglikelihood' is not a metric"),
+        ({"subject": NCP | {"metric": "nce-loss/*"}}, r"claims\.0: only a correlation is over all groups"),
+        ({"source": ""}, r"claims\.0\.source: String should have at least 1 character"),
+        ({"untested": ""}, r"claims\.0\.untested: String should have at least 1 character"),
         ({"standing": "recalled"}, r"claims\.0: a recalled number is never tested"),
         ({"subject": None}, r"claims\.0: a claim without `untested` needs a subject"),
         ({"value": None}, r"claims\.0: a tested claim of kind absolute needs a value and a tolerance"),
@@ -176,12 +180,19 @@ def test_a_wrong_claim_is_one_line_with_the_path_of_its_key(tmp_path, changes, m
         ({"claims": {}}, "claims: Input should be a valid list"),
         ({}, "claims: Field required"),
         ("claims: [", "is not valid YAML"),
+        ("", "top level: Input should be a valid dictionary"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, document, message):
     with pytest.raises(UserError, match=message) as caught:
         load(tmp_path, document)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_one_line(tmp_path):
+    (tmp_path / "targets.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        claims.load(tmp_path / "targets.yaml")
 
 
 def test_a_missing_file_is_one_line(tmp_path):

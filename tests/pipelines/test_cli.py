@@ -110,7 +110,7 @@ def test_each_stage_names_the_one_that_has_to_come_before(checkout, monkeypatch,
 
 
 def test_a_full_disk_stops_a_stage_with_one_line_and_keeps_what_was_written(checkout):
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, 4_000)); "
     script = "import sys; sys.argv = ['priorhole', 'train-vae', 'flat']; from pipelines import cli; "
     fetch = [sys.executable, "-c", script.replace("train-vae", "fetch") + "cli.main()"]
     assert subprocess.run(fetch, cwd=checkout).returncode == 0

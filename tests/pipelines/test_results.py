@@ -123,6 +123,21 @@ def test_a_row_of_an_unknown_metric_cannot_be_made(name):
         row(metric=name)
 
 
+@pytest.mark.parametrize("cell", ["", "about a half"])
+def test_a_number_that_is_none_is_one_line(tmp_path, cell):
+    path = tmp_path / "results.csv"
+    results.write(path, table({}))
+    path.write_text(path.read_text().replace("-0.5", cell))
+    with pytest.raises(UserError, match=r"is not a results table .*; make it anew with: make it"):
+        results.read(path, "make it")
+
+
+def test_a_seed_that_is_not_a_number_is_neither_lost_nor_averaged_away(tmp_path):
+    path = tmp_path / "results.csv"
+    results.write(path, table({"value": math.nan}, {"seed": 1}))
+    assert math.isnan(results.over_seeds(results.read(path, "")).value.item())
+
+
 def test_several_seeds_add_their_spread_to_the_shared_error_of_the_test_set():
     summary = results.over_seeds(
         table(*({"seed": s, "value": v, "stderr": e} for s, v, e in ((0, 1, 0.3), (1, 2, 0.4), (2, 6, 0.5))))

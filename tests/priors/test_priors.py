@@ -131,8 +131,8 @@ def test_a_group_learns_the_same_alone_as_with_the_others(tmp_path):
 
 
 def test_the_nce_optimum_of_two_normals_is_their_log_density_ratio():
-    """A classifier that contains the true ratio (it is quadratic in z) finds it; the base is N(0, 1), the posterior N(1, 0.5)."""
-    p, q = DiagonalNormal(torch.zeros(1, 1).double(), torch.ones(1, 1).double()), None
+    """A classifier that contains the true ratio, which is quadratic in z, finds it."""
+    p = DiagonalNormal(torch.zeros(1, 1).double(), torch.ones(1, 1).double())
     q = DiagonalNormal(torch.ones(1, 1).double(), torch.full((1, 1), 0.5).double())
     prior = NoiseContrastivePrior(NoiseContrastivePrior.Options(steps=1, batch=2), Group(0, (1,), (0,))).double()
 
