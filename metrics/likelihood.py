@@ -29,7 +29,7 @@ from runtime.randomness import Noise
 PROPOSALS_AT_ONCE = 100
 POOL = 2**20
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=POOL)]
 
 
 class LikelihoodOptions(Options):

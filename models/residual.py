@@ -17,6 +17,7 @@ from models.distributions import DiagonalNormal, soft_clamp
 from models.likelihoods import LikelihoodName, likelihood
 from models.protocol import HierarchicalVAE, Likelihood
 from runtime import options
+from runtime.errors import UserError
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -76,7 +77,9 @@ class ResidualHVAE(HierarchicalVAE):
 
     def __init__(self, options: Options, data_shape: tuple[int, ...]):
         super().__init__()
-        channels, self.height, self.side = data_shape
+        if len(data_shape) != 3 or data_shape[1] != data_shape[2]:
+            raise UserError(f"residual-hvae needs square images, not data of shape {data_shape}; use another model")
+        channels, _, self.side = data_shape
         width, scales = options.width, len(options.groups_per_scale)
         coarsest = 2 ** (options.halvings + scales - 1)
         self.padded = -(-self.side // coarsest) * coarsest  # 28 becomes 32 when the side must divide by 16
@@ -149,7 +152,7 @@ class ResidualHVAE(HierarchicalVAE):
         """p(x | z) over images of the data's own size."""
         output = self.output(context).float()
         before = (self.padded - self.side) // 2
-        return self.likelihood(output[:, :, before : before + self.height, before : before + self.side])
+        return self.likelihood(output[:, :, before : before + self.side, before : before + self.side])
 
     def _prior_parameters(self, k: int, context: Tensor) -> tuple[Tensor, Tensor]:
         if k == 0:

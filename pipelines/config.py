@@ -76,6 +76,11 @@ class Experiment(Options):
     def _consistent(self) -> "Experiment":
         if self.dataset not in DATASETS:
             raise ValueError(f"dataset {self.dataset!r} does not exist; there are {', '.join(DATASETS)}")
+        points = DATASETS[self.dataset].kind == "points"
+        if points and self.model.likelihood == "bernoulli":
+            raise ValueError(f"model.likelihood: {self.dataset} is not binary, so bernoulli does not fit; use normal")
+        if points and self.evaluate.features is not None:
+            raise ValueError(f"evaluate.features: {self.dataset} has no images to take features of; leave it out")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds must differ from each other")
         if BASELINE not in self.priors or self.priors[BASELINE].method != "normal":

@@ -54,7 +54,7 @@ class Pipeline:
     def train_vae(self, name: str) -> None:
         """Stage 1: train the VAE of every seed."""
         experiment, seeds = self._seeds(name)
-        _prune(self.workspace.artifacts(name) / "vae", [f"seed-{seed}" for seed in experiment.seeds])
+        _prune(self.workspace.artifacts(name) / "vae", [seeds])
         documents = self._run("train-vae", name, [Task(f"VAE, seed {at.seed}", vae_task, {"at": at}) for at in seeds])
         runs = {
             at.seed: {"loss": one["history"], "train-seconds": one["seconds"]}
@@ -67,7 +67,7 @@ class Pipeline:
     def train_prior(self, name: str) -> None:
         """Stage 2: learn every prior of every seed, its groups dealt over the shards; a base before what is put on it."""
         experiment, seeds = self._seeds(name)
-        _prune(self.workspace.artifacts(name) / "priors", experiment.priors)
+        _prune(self.workspace.artifacts(name) / "priors", [experiment.priors, seeds])
         groups = seeds[0].vae.groups
         shards = [list(range(groups))[first :: self.machine.shards] for first in range(min(groups, self.machine.shards))]
         depth: dict[str, int] = {}
@@ -93,7 +93,7 @@ class Pipeline:
         """Draw samples of every prior by each of its samplers, for every seed."""
         experiment, seeds = self._seeds(name)
         chosen = seeds[0].draws()
-        _prune(self.workspace.artifacts(name) / "samples", [f"{prior}+{sampler}" for prior, sampler in chosen])
+        _prune(self.workspace.artifacts(name) / "samples", [[f"{prior}+{sampler}" for prior, sampler in chosen], seeds])
         keys = [(at, prior, sampler) for prior, sampler in chosen for at in seeds]
         tasks = [
             Task(
@@ -141,12 +141,14 @@ class Pipeline:
         return written
 
 
-def _prune(folder: Path, keep: Iterable[str]) -> None:
-    """Drop what belongs to seeds, priors or samplers that the experiment no longer has."""
-    wanted = set(keep)
+def _prune(folder: Path, keep: Sequence[Iterable[str | Seeded]]) -> None:
+    """Drop what belongs to priors, samplers or seeds that the experiment no longer has; ``keep`` has an entry per level."""
+    wanted = {f"seed-{one.seed}" if isinstance(one, Seeded) else one for one in keep[0]}
     for path in folder.iterdir() if folder.exists() else ():
-        if path.name.split(".")[0] not in wanted and path.name not in wanted:
+        if path.name.split(".")[0] not in wanted:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif len(keep) > 1:
+            _prune(path, keep[1:])
 
 
 def _learning_curves(at: Seeded, experiment: Experiment, groups: int) -> dict[str, Any]:

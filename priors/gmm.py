@@ -1,10 +1,10 @@
 """A Gaussian mixture fitted to the aggregate posterior after training (RAE, Ghosh et al. 2020: 10 full components)."""
 
 import warnings
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, distributions
@@ -60,6 +60,12 @@ class GaussianMixturePrior(FittedPrior):
         """``components``: number of full-covariance Gaussians."""
 
         components: Annotated[int, Field(ge=1)] = 10
+
+        @model_validator(mode="after")
+        def _enough(self) -> Self:
+            if self.codes < self.components:
+                raise ValueError(f"{self.components} components cannot be fitted to {self.codes} codes; raise codes")
+            return self
 
     weights: Tensor
     means: Tensor

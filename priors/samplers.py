@@ -94,7 +94,7 @@ class SIR(Sampler):
     class Options(Sampler.Options):
         """``proposals``: M."""
 
-        proposals: Annotated[int, Field(ge=1)]
+        proposals: Annotated[int, Field(ge=1, le=2**20)]
 
     options: Options
 

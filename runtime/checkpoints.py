@@ -73,7 +73,8 @@ def load(path: Path, made_by: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as handle:
             document = json.loads((handle.metadata() or {})[_KEY])
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+            # Copies: the handle's tensors are the file itself, mapped, and would change with it.
+            tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(f"{path} is corrupt or not a priorhole file; delete it and run: {made_by}") from error
     if digest(tensors) != document["digest"]:

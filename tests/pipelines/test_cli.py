@@ -66,6 +66,10 @@ def changed(path, value):
         ("experiments.flat.priors.normal", None, ("experiments.flat", "priors must include 'normal'")),
         ("experiments.flat.seeds", [0, 0], ("experiments.flat", "seeds must differ")),
         ("experiments.flat.evaluate.features", "vgg", ("experiments.flat.evaluate.features", "'own'")),
+        ("experiments.flat.evaluate.features", "own", ("experiments.flat", "has no images")),
+        ("experiments.flat.evaluate.likelihood.normaliser", [2**21], ("normaliser.0", "less than or equal to")),
+        ("experiments.flat.model.likelihood", "bernoulli", ("experiments.flat", "use normal")),
+        ("experiments.flat.priors.gmm.components", 1000, ("experiments.flat.priors.gmm", "raise codes")),
         ("run", ["nothing"], ("nothing", "not among the experiments")),
         ("run", "flat", ("run", "valid list")),
     ],
@@ -75,6 +79,14 @@ def test_a_wrong_parameter_is_named_by_its_path(checkout, monkeypatch, capsys, p
     line = refused(monkeypatch, capsys, "train-vae", "flat")
     assert line.startswith("error: params.yaml: ")
     assert all(part in line for part in says), line
+
+
+def test_a_model_that_cannot_take_the_data_says_so(checkout, monkeypatch, capsys):
+    write_params(
+        checkout, changed("experiments.flat.model", tiny()["experiments"]["deep"]["model"] | {"likelihood": "normal"})
+    )
+    assert call(monkeypatch, capsys, "fetch", "flat")[0] == 0
+    assert "needs square images, not data of shape (2,)" in refused(monkeypatch, capsys, "train-vae", "flat")
 
 
 def test_an_experiment_params_or_yaml_that_is_not_there(checkout, monkeypatch, capsys):

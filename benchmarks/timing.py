@@ -1,0 +1,26 @@
+"""Time alternatives side by side: alternating runs, medians, ratios to the first."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def compare(alternatives: Mapping[str, Callable[[], object]], rounds: int = 15) -> None:
+    """Print the median seconds of each alternative, and how many times as fast as the first one it is.
+
+    Args:
+        alternatives: by name; each is called once to warm up, then once a round, in turn.
+        rounds: number of rounds.
+    """
+    for run in alternatives.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
+    for _ in range(rounds):
+        for name, run in alternatives.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    first = next(iter(medians.values()))
+    for name, median in medians.items():
+        print(f"{name:40s} {median * 1e3:10.2f} ms   {first / median:6.2f} x")
