@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from runtime.errors import UserError
@@ -14,6 +12,10 @@ PIXEL_SUM = 561_718.0  # of all images as scikit-learn ships them, 0 to 16 a pix
 
 def prepare(raw: Path) -> dict[str, Tensor]:  # noqa: ARG001 (nothing is downloaded)
     """Images as uint8, scaled from 0..16 to 0..255, and labels, in a fixed stratified split."""
+    # Imported here, like scipy and scikit-learn elsewhere: a second in every process that never prepares digits.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     if digits.images.shape != (1797, 8, 8) or digits.images.sum() != PIXEL_SUM:
         raise UserError("scikit-learn's digits are not the ones expected; install the version in constraints.txt")

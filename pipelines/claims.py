@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
-from scipy.stats import spearmanr
 
 from pipelines import results
 from runtime.errors import UserError
@@ -193,6 +192,8 @@ def _judge(claim: Claim, table: pd.DataFrame) -> Verdict:
 
 
 def _correlation(claim: Claim, first: pd.DataFrame, second: pd.DataFrame) -> Verdict:
+    from scipy.stats import spearmanr
+
     group = {"group": lambda rows: rows.metric.str.split("/").str[1]}
     both = first.assign(**group).merge(second.assign(**group), on=["seed", "group"])
     if len(both) < 4:

@@ -74,7 +74,7 @@ def _save(figure: Figure, path: Path) -> Path:
 def _panels(count: int, size: float = 3.6) -> tuple[Figure, list[Axes]]:
     columns = min(count, 4)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, size * rows), squeeze=False, layout="constrained")
     for spare in axes.flat[count:]:
         spare.axis("off")
     return figure, list(axes.flat[:count])

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import pandas as pd
-from scipy.stats import t as student
 
 from runtime.errors import UserError
 from runtime.files import write_text
@@ -133,6 +132,8 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per KEYS, with ``value``, ``interval`` (half-width), ``seeds`` and ``n``.
     """
+    from scipy.stats import t as student
+
     summaries = []
     for key, own in table.groupby(KEYS, sort=True):
         seeds = len(own)

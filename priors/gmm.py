@@ -5,8 +5,6 @@ from typing import Annotated, Self
 
 import torch
 from pydantic import Field, model_validator
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 from torch import Tensor, distributions
 
 from models.distributions import Distribution
@@ -89,8 +87,13 @@ class GaussianMixturePrior(FittedPrior):
         """Expectation maximisation by scikit-learn, from its k-means start."""
         if not self.active:
             return
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.mixture import GaussianMixture
+        from threadpoolctl import threadpool_limits
+
         estimator = GaussianMixture(len(self.weights), max_iter=2000, random_state=seed)
-        with warnings.catch_warnings():
+        # One thread: tasks run side by side, and a sum's last bit depends on how many threads made it.
+        with warnings.catch_warnings(), threadpool_limits(1):
             warnings.simplefilter("ignore", ConvergenceWarning)  # the likelihood it reached is what is reported
             estimator.fit(codes.flatten(1).double().cpu().numpy())
         covariances = torch.as_tensor(estimator.covariances_)
