@@ -7,7 +7,7 @@ export DVC_NO_ANALYTICS := 1
 .PHONY: repro test clean
 
 repro: .venv/installed
-	@test -d .git || dvc config --local core.no_scm true
+	@test -e .git || dvc config --local core.no_scm true
 	dvc repro
 	@echo "The report: reports/claims.md, reports/results.md, reports/results.csv, reports/figures/"
 
