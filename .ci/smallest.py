@@ -42,17 +42,17 @@ def main() -> None:
         environment = os.environ | {"PYTHONPATH": str(copy), "DVC_NO_ANALYTICS": "1"}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
-        def dvc(*arguments: str) -> str:
+        def dvc(*arguments: str, capture: bool = False) -> str:
             command = [sys.executable, "-m", "dvc", *arguments]
-            done = subprocess.run(command, cwd=copy, env=environment, stdout=subprocess.PIPE, text=True)
-            print(done.stdout)
+            pipe = subprocess.PIPE if capture else None
+            done = subprocess.run(command, cwd=copy, env=environment, stdout=pipe, text=True)
             if done.returncode:
-                sys.exit(f"{' '.join(arguments)} failed with {done.returncode}")
-            return done.stdout
+                sys.exit(f"dvc {' '.join(arguments)} failed with {done.returncode}")
+            return done.stdout or ""
 
         dvc("config", "core.no_scm", "true")
         dvc("repro", "report")
-        if "Running stage" in dvc("repro", "report"):
+        if "Running stage" in dvc("repro", "report", capture=True):
             sys.exit("a second dvc repro ran stages again although nothing changed")
         print("pipeline at its smallest budget: passed")
 
