@@ -22,6 +22,7 @@ from typing import Any
 
 from runtime import hardware, progress
 from runtime.errors import UserError
+from runtime.identity import ROOT
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 15.0
@@ -109,15 +110,18 @@ def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[A
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
-    root = str(Path(__file__).resolve().parent.parent)
-    ray.init(
-        address=address,
-        num_cpus=None if address else machine.workers * machine.threads,
-        include_dashboard=None if address else False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": str(machine.threads)}},
-    )
+    try:
+        ray.init(
+            address=address,
+            num_cpus=None if address else machine.workers * machine.threads,
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(machine.threads)}},
+        )
+    except (ConnectionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); start one or unset it") from error
     try:
         present = ray.cluster_resources().get("GPU", 0)
         if machine.gpus > present:  # Ray itself would wait for ever
