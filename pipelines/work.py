@@ -4,6 +4,7 @@ Each is a plain function of values that can be pickled, and runs in whatever pro
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -189,7 +190,9 @@ def vae_task(report: Report, at: Seeded) -> dict[str, Any]:
 
 def prior_task(report: Report, at: Seeded, prior: str, groups: Sequence[int]) -> None:
     """Stage 2 for one seed and a shard of the groups of one prior."""
-    with exclusive(at.workspace.locks, f"{at.name}/{prior}/seed-{at.seed}/k{groups[0]:02d}"):
+    with ExitStack() as locks:
+        for k in groups:
+            locks.enter_context(exclusive(at.workspace.locks, f"{at.name}/{prior}/seed-{at.seed}/k{k:02d}"))
         slots = [
             Slot(k, at.new_group(prior, k), at.workspace.prior(at.name, prior, at.seed, k), at.prior_identity(prior, k))
             for k in groups
