@@ -167,11 +167,10 @@ class Evaluation:
         yield row("seconds-per-image", *mean_and_error(seconds)[:2])
         proposals = torch.stack([drawn[f"proposals/k{k:02d}"] for k in range(at.vae.groups)]).sum(0)
         yield row("proposals-per-image", *mean_and_error(proposals)[:2])
-        for group, share in under_floor(by, drawn).items():
+        for group, share in under_floor(drawn).items():
             yield row(f"ess-floor-share/{group}", share, (share * (1 - share) / n) ** 0.5)
         for k in range(at.vae.groups):
-            if by.weighs:
-                yield row(f"ess-fraction/k{k:02d}", *mean_and_error(drawn[f"ess/k{k:02d}"])[:2])
+            yield row(f"ess-fraction/k{k:02d}", *mean_and_error(drawn[f"ess/k{k:02d}"])[:2])
             if by.accepts:
                 yield row(f"acceptance/k{k:02d}", *mean_and_error(drawn[f"acceptance/k{k:02d}"])[:2])
             distance = mmd.mmd(self._posterior_pass[0][k], drawn[f"z/k{k:02d}"])

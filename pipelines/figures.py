@@ -120,8 +120,9 @@ def _convergence(experiment: str, frame: pd.DataFrame) -> Figure | None:
 
 def _nce_against_ess(experiment: str, frame: pd.DataFrame) -> Figure | None:
     """ESS/M of SIR against the NCE loss, a point per prior, group and sampler (NCP-VAE, Fig. 5(b))."""
-    losses = frame[frame.metric.str.startswith("nce-loss/")].assign(group=lambda f: f.metric.str[-3:])
-    shares = frame[frame.metric.str.startswith("ess-fraction/")].assign(group=lambda f: f.metric.str[-3:])
+    by_group = frame.assign(group=frame.metric.str.extract(r"/(k\d\d)$")[0])
+    losses = by_group[by_group.metric.str.startswith("nce-loss/")]
+    shares = by_group[by_group.metric.str.startswith("ess-fraction/") & by_group.sampler.str.startswith("sir")]
     both = losses.merge(shares, on=["prior", "group"], suffixes=("_loss", "_ess"))
     if both.empty:
         return None

@@ -30,8 +30,8 @@ METRICS: dict[str, Metric] = {
     r"loglik-sampler": Metric("nats", "higher", "lower bound for the distribution that SIR with M proposals draws from"),
     r"loglik-gain(-sampler|-plugin(/N\d+)?)?": Metric("nats", "higher", "paired gain in log-likelihood over the base prior"),
     r"bits-per-dim": Metric("bits/dim", "lower", "negative log-likelihood per dimension"),
-    r"ess-fraction/k\d\d": Metric("", "higher", "effective sample size of the proposals, as a fraction of M"),
-    r"ess-floor-share/k\d\d": Metric("", "lower", "share of images whose effective sample size is under the floor"),
+    r"ess-fraction/k\d\d": Metric("", "higher", "effective sample size as a fraction of M, or of a chain's states"),
+    r"ess-floor-share/k\d\d": Metric("", "lower", "share of images with an effective sample size under 10"),
     r"acceptance/k\d\d": Metric("", "", "share of Langevin steps that the Metropolis correction accepts"),
     r"nce-loss/k\d\d": Metric("nats", "", "classifier's loss on test examples; 2 ln 2 = 1.386 at chance"),
     r"log-z/k\d\d(/N\d+)?": Metric(

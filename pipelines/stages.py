@@ -14,7 +14,7 @@ from pipelines.evaluation import evaluation_task, features_task
 from pipelines.fanout import Machine, Task
 from pipelines.work import Seeded, prior_task, sample_task, vae_task
 from pipelines.workspace import Workspace
-from priors.samplers import ESS_FLOOR
+from priors.samplers import ESS_FLOOR, SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ class Pipeline:
         runs: dict[int, dict[str, float]] = {at.seed: {} for at in seeds}
         for (at, prior, sampler), found in zip(keys, shares, strict=True):
             runs[at.seed] |= {f"{prior}/{sampler}/ess-floor-share/{group}": share for group, share in found.items()}
-        for prior, sampler in chosen:
+        resampling = [key for key in chosen if SAMPLERS[experiment.samplers[key[1]].method].weighs]
+        for prior, sampler in resampling:
             _warn_of_collapse(
                 prior, sampler, [found for key, found in zip(keys, shares, strict=True) if key[1:] == (prior, sampler)]
             )

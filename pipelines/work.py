@@ -21,7 +21,7 @@ from pipelines.config import Config, Experiment, plain, validate
 from pipelines.workspace import Workspace
 from priors.protocol import GroupPrior, Prior
 from priors.registry import PRIORS
-from priors.samplers import ESS_FLOOR, SAMPLERS, Sampler
+from priors.samplers import ESS_FLOOR, SAMPLERS
 from priors.sampling import draw
 from priors.trainer import Slot, learn
 from runtime import checkpoints, hardware
@@ -204,8 +204,7 @@ def sample_task(report: Report, at: Seeded, prior: str, sampler: str) -> dict[st
     """Draw one seed's samples of one prior by one sampler.
 
     Returns:
-        For each group ``k00`` …, the share of images whose effective sample size is under the floor, where the sampler
-        weighs proposals.
+        For each group ``k00`` …, the share of images whose effective sample size is under the floor.
     """
     path, options = at.workspace.samples(at.name, prior, sampler, at.seed), at.experiment.samplers[sampler]
     with exclusive(at.workspace.locks, f"{at.name}/samples/{prior}+{sampler}/seed-{at.seed}"):
@@ -216,13 +215,14 @@ def sample_task(report: Report, at: Seeded, prior: str, sampler: str) -> dict[st
 
         total, batch = at.experiment.sample.images, at.experiment.sample.batch
         drawn = in_blocks(path, at.samples_identity(prior, sampler), total, batch, compute, report)
-    return under_floor(by, drawn)
+    return under_floor(drawn)
 
 
-def under_floor(sampler: Sampler, drawn: Mapping[str, Tensor]) -> dict[str, float]:
-    """Share of images with an effective sample size under ESS_FLOOR proposals, by group; empty where nothing is weighed."""
-    if not sampler.weighs:
-        return {}
-    groups = [key.removeprefix("ess/") for key in drawn if key.startswith("ess/")]
-    ess = {k: drawn[f"ess/{k}"] * drawn[f"proposals/{k}"] for k in groups}
-    return {k: (value < ESS_FLOOR).double().mean().item() for k, value in ess.items()}
+def under_floor(drawn: Mapping[str, Tensor]) -> dict[str, float]:
+    """Share of images with an effective sample size under ESS_FLOOR, by group; none where r was not evaluated at all."""
+    shares = {}
+    for k in (key.removeprefix("ess/") for key in drawn if key.startswith("ess/")):
+        proposals = drawn[f"proposals/{k}"]
+        few = (proposals > 0) & (drawn[f"ess/{k}"] * proposals < ESS_FLOOR)
+        shares[k] = few.double().mean().item()
+    return shares

@@ -33,7 +33,8 @@ class GroupDraw:
 
     Attributes:
         z: (batch, *latent shape).
-        ess: effective sample size of the draw as a fraction of its proposals, in (0, 1]; (batch,).
+        ess: effective sample size as a fraction, in (0, 1]: of the weighed proposals, or of a chain's states; 1 for a draw
+            from the distribution itself; (batch,).
         proposals: how many times r was evaluated, (batch,).
         acceptance: share of Metropolis proposals accepted, 1 where there is no such step; (batch,).
     """
@@ -47,7 +48,7 @@ class GroupDraw:
 class Sampler(ABC):
     """Draws z_k from a prior in a context."""
 
-    weighs: ClassVar[bool] = False  # whether it weighs proposals against each other, so that an ESS means something
+    weighs: ClassVar[bool] = False  # whether it keeps one of many weighed proposals, so that a small ESS is a collapse
 
     class Options(options.Options):
         """Settings of the sampler, as they stand in params.yaml."""
@@ -159,7 +160,7 @@ class Langevin(Sampler):
 
         z = base.draw(streams("base")).detach()
         log_density, mean = forward_mean(z)
-        accepted = torch.zeros_like(log_density)
+        accepted, trace = torch.zeros_like(log_density), []
         for _ in range(self.options.steps):
             proposal = mean + (step * variance).sqrt() * moving.normal((), tuple(z.shape))
             new_log_density, new_mean = forward_mean(proposal)
@@ -171,8 +172,30 @@ class Langevin(Sampler):
             z, mean = torch.where(wide, proposal, z), torch.where(wide, new_mean, mean)
             log_density = torch.where(accept, new_log_density, log_density)
             accepted += accept
-        ones = torch.ones_like(accepted)
-        return GroupDraw(z, ones, ones * (self.options.steps + 1), accepted / self.options.steps)
+            trace.append(log_density)
+        evaluations = torch.full_like(accepted, self.options.steps + 1)
+        return GroupDraw(z, chain_ess_fraction(torch.stack(trace)), evaluations, accepted / self.options.steps)
+
+
+def chain_ess_fraction(trace: Tensor) -> Tensor:
+    """Effective sample size of Markov chains as a fraction of their states, from a scalar followed along them.
+
+    One over the integrated autocorrelation time, whose sum stops at the first lag without positive correlation.
+
+    Args:
+        trace: (states, chains).
+
+    Returns:
+        Shape (chains,), in (0, 1]; one state's worth for a chain that never moved.
+    """
+    states = len(trace)
+    spectrum = torch.fft.rfft(trace - trace.mean(0), 2 * states, dim=0)
+    covariance = torch.fft.irfft(spectrum.abs() ** 2, dim=0)[:states]
+    moved = covariance[0] > 0
+    correlation = covariance / torch.where(moved, covariance[0], 1)
+    positive = (correlation > 0).cumprod(0)
+    time = 1 + 2 * (correlation * positive)[1:].sum(0)
+    return torch.where(moved, 1 / time, 1 / states)
 
 
 SAMPLERS: dict[str, type[Sampler]] = {"ancestral": Ancestral, "sir": SIR, "langevin": Langevin}

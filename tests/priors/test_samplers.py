@@ -116,6 +116,18 @@ def test_langevin_finds_the_covariance_of_two_dimensions():
     assert torch.allclose(torch.cov(drawn.z.T), torch.linalg.inv(precision), atol=0.05)
 
 
+def test_the_effective_sample_size_of_a_chain_is_that_of_its_autocorrelation():
+    """A first-order autoregression with coefficient a has (1 − a)/(1 + a) of its states' worth."""
+    noise = Noise(0, "chain").normal((4000,), (200,)).double()
+    for a in (0.0, 0.5, 0.8):
+        state, trace = noise[0], []
+        for step in noise:
+            state = a * state + math.sqrt(1 - a**2) * step
+            trace.append(state)
+        assert samplers.chain_ess_fraction(torch.stack(trace)).mean().item() == pytest.approx((1 - a) / (1 + a), rel=0.1)
+    assert (samplers.chain_ess_fraction(torch.ones(50, 3)) == 1 / 50).all()
+
+
 def test_ancestral_draws_a_mixture_with_its_weights():
     weights, means = torch.tensor([0.2, 0.8]), torch.tensor([[-6.0, 0.0], [2.0, 1.0]])
     scales = torch.tensor([[[0.5, 0.0], [0.3, 0.4]], [[1.0, 0.0], [0.0, 0.2]]])
