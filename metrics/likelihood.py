@@ -19,26 +19,47 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from models.distributions import kl_divergence
 from models.protocol import HierarchicalVAE, LearnedPrior, descend
 from runtime.options import Options
 from runtime.randomness import Noise
 
 PROPOSALS_AT_ONCE = 100
-POOL = 2**20
+SOME_BLOCKS = 8
 
-Count = Annotated[int, Field(ge=1, le=POOL)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class CorrectedOptions(Options):
+    """A smaller measurement, where normalisers are dear: on the first ``examples``, with ``samples`` each."""
+
+    examples: Count
+    samples: Count
 
 
 class LikelihoodOptions(Options):
-    """``samples``: S, importance samples per example. ``normaliser``: the numbers N of base samples per context at which the
-    plug-in is read off. ``proposals``: the numbers M of SIR proposals at which the sampler bound is read off."""
+    """What is measured.
+
+    ``samples``: S, importance samples per example. ``normaliser``: the numbers N of base samples per context at which the
+    plug-in is read off. ``proposals``: the numbers M of SIR proposals at which the sampler bound is read off. ``pool``: base
+    samples of the first group, whose context all examples share. ``corrected``: the measurement of priors with a normaliser,
+    and of their gains; like the others' if absent.
+    """
 
     samples: Count
     normaliser: list[Count]
     proposals: list[Count]
+    pool: Count = 2**20
+    corrected: CorrectedOptions | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "LikelihoodOptions":
+        if max(*self.normaliser, *self.proposals) > self.pool:
+            raise ValueError(f"pool: {self.pool} base samples are fewer than the largest of normaliser and proposals")
+        return self
 
 
 @dataclass
@@ -48,7 +69,7 @@ class Pool:
     Blocks of the pool stand in for fresh samples, so that normalisers of any size cost nothing more.
     """
 
-    log_r: Tensor  # (POOL,)
+    log_r: Tensor  # (samples,)
 
     def log_sums(self, count: int, rows: Sequence[int], repeats: int) -> Tensor:
         """log Σ r over a block of ``count`` samples, for every (repeat, row): shape (repeats x rows,), repeat-major."""
@@ -57,17 +78,17 @@ class Pool:
         position = torch.tensor(rows)[None] * repeats + torch.arange(repeats)[:, None]
         return sums[(position % blocks).flatten().to(sums.device)]
 
-    @property
-    def log_z(self) -> tuple[float, float]:
-        """log Ẑ from the whole pool, and its standard error (delta method), nats."""
+    def error(self, count: int) -> float:
+        """Standard error, nats, of the mean over blocks of ``count`` samples of log Σ r: one for all examples."""
+        sums = self.log_r[: len(self.log_r) // count * count].double().view(-1, count).logsumexp(1)
+        between = (sums.std() / math.sqrt(len(sums))).item() if len(sums) >= SOME_BLOCKS else 0.0
         log_sum, log_sum_squares = self.log_r.double().logsumexp(0), (2 * self.log_r.double()).logsumexp(0)
-        inverse_ess = (log_sum_squares - 2 * log_sum).exp().item()
-        value = log_sum.item() - math.log(len(self.log_r))
-        return value, math.sqrt(max(0.0, inverse_ess - 1 / len(self.log_r)))
+        inverse_ess = (log_sum_squares - 2 * log_sum).exp().item()  # delta method, for blocks too few to be compared
+        return max(between, math.sqrt(max(0.0, inverse_ess - 1 / len(self.log_r))))
 
 
 @torch.no_grad()
-def fill_pool(model: HierarchicalVAE, prior: LearnedPrior, seed: int, size: int = POOL) -> Pool:
+def fill_pool(model: HierarchicalVAE, prior: LearnedPrior, seed: int, size: int) -> Pool:
     """Score ``size`` base samples of the first group."""
     context = model.start(1)
     noise, base = Noise(seed, "pool", device=context.device), prior.base(0, context)
@@ -188,6 +209,20 @@ def contrastive_losses(
         losses = [torch.nn.functional.softplus(sign * prior.log_ratio(k, at, context)) for sign, at in ((-1, z), (1, other))]
         found.append(losses[0] + losses[1])
         return z
+
+    descend(model, len(x), choose)
+    return found
+
+
+@torch.no_grad()
+def divergences(model: HierarchicalVAE, x: Tensor, rows: Sequence[int], seed: int) -> list[Tensor]:
+    """KL(q(z_k | z_<k, x) || p(z_k | z_<k)) under the model's own prior, z_<k ~ q: K tensors (rows,), nats."""
+    features, found = model.encode(x), []
+
+    def choose(k: int, context: Tensor) -> Tensor:
+        posterior = model.posterior(k, context, features)
+        found.append(kl_divergence(posterior, model.prior(k, context)))
+        return posterior.draw(Noise(seed, "kl", k, rows=rows, device=x.device))
 
     descend(model, len(x), choose)
     return found

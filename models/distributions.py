@@ -3,10 +3,12 @@
 They are torch's own, plus ``draw(noise, lead)``: torch's ``sample`` reads the global generator, which nothing here may.
 """
 
+import math
 from typing import Protocol
 
 import torch
 from torch import Tensor, distributions
+from torch.nn import functional
 
 from runtime.randomness import Noise
 
@@ -38,6 +40,10 @@ class DiagonalNormal(distributions.Independent):
         """Reparameterised draws, shape (*lead, batch, *event)."""
         return self.base_dist.loc + self.base_dist.scale * noise.normal(lead, tuple(self.base_dist.loc.shape))
 
+    def tempered(self, temperature: float) -> "DiagonalNormal":
+        """The same with every standard deviation multiplied by ``temperature``."""
+        return DiagonalNormal(self.base_dist.loc, temperature * self.base_dist.scale)
+
 
 class Bernoulli(distributions.Independent):
     """Independent binary pixels; ``logits`` has shape (batch, *event)."""
@@ -49,6 +55,94 @@ class Bernoulli(distributions.Independent):
         """Draws in {0, 1}, shape (*lead, batch, *event)."""
         uniform = noise.uniform(lead, tuple(self.base_dist.logits.shape))
         return (uniform < self.base_dist.probs).to(self.base_dist.logits.dtype)
+
+    def tempered(self, temperature: float) -> "Bernoulli":
+        """The same with the logits divided by ``temperature``."""
+        return Bernoulli(self.base_dist.logits / temperature)
+
+
+class LogisticMixture:
+    """A mixture of logistics for every pixel, discretised to 256 levels (Salimans et al., PixelCNN++, 2017, section 2).
+
+    Images are (batch, channels, h, w) with levels i / 255. A component is shared by a pixel's channels; given the
+    component, a channel's mean depends linearly on the channels before it. The lowest and the highest level take the tails.
+
+    Args:
+        parameters: (batch, 1 + 2 channels + channels (channels - 1) / 2, h, w, components): logits of the weights, means,
+            log-scales, and coefficients (through tanh); means and scales in units of data in [-1, 1].
+    """
+
+    LEVELS = 256
+    SMALLEST_LOG_SCALE = -7.0
+
+    def __init__(self, parameters: Tensor):
+        self._parameters = parameters
+        outputs = parameters.shape[1]
+        self._channels = next(c for c in (1, 2, 3, 4) if 1 + 2 * c + c * (c - 1) // 2 == outputs)
+        c = self._channels
+        weights, self._means, log_scales, coefficients = parameters.split([1, c, c, outputs - 1 - 2 * c], dim=1)
+        self._log_weights = weights.squeeze(1).log_softmax(-1)
+        self._log_scales = log_scales.clamp(min=self.SMALLEST_LOG_SCALE)
+        self._coefficients = coefficients.tanh()
+
+    def _centres(self, channel: int, before: Tensor) -> Tensor:
+        """Means of one channel, (…, h, w, components), given the channels before it (…, channel, h, w) in [-1, 1]."""
+        centres = self._means[:, channel]
+        first = channel * (channel - 1) // 2
+        for earlier in range(channel):
+            centres = centres + self._coefficients[:, first + earlier] * before.select(-3, earlier)[..., None]
+        return centres
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log probability mass in nats of images ``value`` (*lead, batch, channels, h, w): shape (*lead, batch)."""
+        x, half = 2 * value - 1, 1 / (self.LEVELS - 1)
+        total = self._log_weights
+        for channel in range(self._channels):
+            centred = x.select(-3, channel)[..., None] - self._centres(channel, x)
+            sharpness = torch.exp(-self._log_scales[:, channel])
+            above, below = sharpness * (centred + half), sharpness * (centred - half)
+            # The mass of a level is sigmoid(above) - sigmoid(below), written so that neither tail cancels.
+            inside = functional.logsigmoid(above) + functional.logsigmoid(-below) + torch.log(-torch.expm1(below - above))
+            lowest, highest = functional.logsigmoid(above), functional.logsigmoid(-below)
+            level = value.select(-3, channel)[..., None]
+            total = total + torch.where(level < half / 2, lowest, torch.where(level > 1 - half / 2, highest, inside))
+        return total.logsumexp(-1).flatten(-2).sum(-1)
+
+    def draw(self, noise: Noise, lead: tuple[int, ...] = ()) -> Tensor:
+        """Draws, clamped to [0, 1] and rounded to the levels, shape (*lead, batch, channels, h, w)."""
+        gumbel = noise.gumbel(lead, tuple(self._log_weights.shape))
+        chosen = functional.one_hot((self._log_weights + gumbel).argmax(-1), self._log_weights.shape[-1])
+        uniform = noise.uniform(lead, (len(self._parameters), self._channels, *self._parameters.shape[2:4]))
+        logistic = torch.logit(uniform, eps=1e-5)
+        drawn: list[Tensor] = []
+        for channel in range(self._channels):
+            before = torch.stack(drawn, dim=-3) if drawn else logistic
+            centre = (self._centres(channel, before) * chosen).sum(-1)
+            scale = (self._log_scales[:, channel].exp() * chosen).sum(-1)
+            drawn.append((centre + scale * logistic.select(-3, channel)).clamp(-1, 1))
+        return ((torch.stack(drawn, dim=-3) + 1) / 2 * (self.LEVELS - 1)).round() / (self.LEVELS - 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """Expected image before discretisation, (batch, channels, h, w)."""
+        weights = self._log_weights.exp()
+        found: list[Tensor] = []
+        for channel in range(self._channels):
+            # Means are linear in the channels before, component by component.
+            before = torch.stack(found, dim=1) if found else self._means[:, :0]
+            centres = self._means[:, channel]
+            first = channel * (channel - 1) // 2
+            for earlier in range(channel):
+                centres = centres + self._coefficients[:, first + earlier] * before[:, earlier]
+            found.append(centres)
+        images = (weights[:, None] * torch.stack(found, dim=1)).sum(-1)
+        return ((images + 1) / 2).clamp(0, 1)
+
+    def tempered(self, temperature: float) -> "LogisticMixture":
+        """The same with every scale multiplied by ``temperature``."""
+        c, parameters = self._channels, self._parameters.clone()
+        parameters[:, 1 + c : 1 + 2 * c] = self._log_scales + math.log(temperature)
+        return LogisticMixture(parameters)
 
 
 def soft_clamp(value: Tensor, bound: float = 5.0) -> Tensor:

@@ -37,13 +37,14 @@ class MLPVAE(HierarchicalVAE):
 
     def __init__(self, options: Options, data_shape: tuple[int, ...]):
         super().__init__()
-        size = int(torch.Size(data_shape).numel())
+        size = torch.Size(data_shape).numel()
         self.groups = 1
-        self.data_shape = data_shape
         self.latents = options.latents
-        self.encoder = perceptron(size, 2 * options.latents, options.width, options.depth)
-        self.decoder = perceptron(options.latents, size, options.width, options.depth)
         self.likelihood = likelihood(options.likelihood, options.initial_std)
+        self.output_shape = (self.likelihood.outputs(data_shape[0]), *data_shape[1:])
+        outputs = torch.Size(self.output_shape).numel()
+        self.encoder = perceptron(size, 2 * options.latents, options.width, options.depth)
+        self.decoder = perceptron(options.latents, outputs, options.width, options.depth)
 
     def encode(self, x: Tensor) -> Sequence[Tensor]:
         """Mean and log-sigma of the posterior, one tensor (batch, 2 x latents)."""
@@ -69,7 +70,7 @@ class MLPVAE(HierarchicalVAE):
 
     def decode(self, context: Tensor) -> Likelihood:
         """p(x | z)."""
-        return self.likelihood(self.decoder(context).float().unflatten(1, self.data_shape))
+        return self.likelihood(self.decoder(context).float().unflatten(1, self.output_shape))
 
     @property
     def _any(self) -> Tensor:

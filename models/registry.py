@@ -3,11 +3,13 @@
 from typing import Any
 
 from models.mlp import MLPVAE
+from models.nvae import NVAE
 from models.protocol import HierarchicalVAE
 from models.residual import ResidualHVAE
 
 MODELS: dict[str, Any] = {
     "mlp-vae": MLPVAE,
+    "nvae": NVAE,
     "residual-hvae": ResidualHVAE,
 }
 

@@ -109,8 +109,9 @@ class ResidualHVAE(HierarchicalVAE):
         self.combine = per_group(lambda _: nn.Conv2d(width + options.latent_channels, width, 1))
         self.top_down = per_group(lambda k: nn.Sequential(*cells(), *([_up(width)] if self._last_of_scale(k) else [])))
         doublings = [layer for _ in range(options.halvings) for layer in (_up(width), *cells())]
-        self.output = nn.Sequential(*doublings, nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
         self.likelihood = likelihood(options.likelihood, options.initial_std)
+        outputs = self.likelihood.outputs(channels)
+        self.output = nn.Sequential(*doublings, nn.SiLU(), nn.Conv2d(width, outputs, 3, padding=1))
 
     def _last_of_scale(self, k: int) -> bool:
         return k + 1 < self.groups and self.scale_of[k + 1] != self.scale_of[k]

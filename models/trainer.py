@@ -13,6 +13,7 @@ from torch import Tensor
 from datasets.dataset import Dataset
 from models.distributions import kl_divergence
 from models.protocol import Group, HierarchicalVAE, descend
+from models.spectral import SpectralNorms, batch_norm_scales
 from runtime.hardware import Precision, autocast
 from runtime.identity import Identity
 from runtime.options import Options
@@ -22,7 +23,7 @@ from runtime.training import Terms, Trainee, cosine, train
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, fused=True),
-    "adamax": torch.optim.Adamax,
+    "adamax": partial(torch.optim.Adamax, eps=1e-3, weight_decay=3e-4),
 }
 
 
@@ -30,8 +31,10 @@ class TrainOptions(Options):
     """Settings of stage 1. Learning rate: linear warm-up, then a cosine from ``learning_rate`` to a hundredth of it.
 
     ``kl_warmup``: fraction of the steps over which the KL's weight grows from 0 to 1. ``kl_balance``: while it does, weigh
-    the groups so that none collapses (NVAE). ``ema``: decay of the averaged weights that are kept. ``precision``: ``auto``
-    is bf16 autocast where the hardware gains from it.
+    the groups so that none collapses (NVAE). ``spectral``: weight of the spectral norms and of the batch norms' scales in
+    the loss (NVAE's λ), coming log-linearly from ``spectral_start`` (if given) as the KL's weight grows. ``ema``: decay of
+    the averaged weights that are kept. ``precision``: ``auto`` is bf16 autocast where the hardware gains from it. The
+    optimiser adamax has NVAE's ε = 1e-3 and weight decay 3e-4.
     """
 
     steps: Annotated[int, Field(ge=1)]
@@ -41,6 +44,8 @@ class TrainOptions(Options):
     warmup: Annotated[int, Field(ge=0)] = 100
     kl_warmup: Annotated[float, Field(ge=0, le=1)] = 0.3
     kl_balance: bool = True
+    spectral: Annotated[float, Field(ge=0)] = 0.0
+    spectral_start: Annotated[float, Field(gt=0)] | None = None
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     clip: Annotated[float, Field(gt=0)] = 100.0
     precision: Precision = "auto"
@@ -90,6 +95,12 @@ def balance(divergences: Sequence[Tensor], layout: Sequence[Group]) -> Tensor:
     return weights / weights.mean()
 
 
+def spectral_weight(options: TrainOptions, kl_weight: float) -> float:
+    """λ while the KL's weight is ``kl_weight``: log-linear from ``spectral_start`` to ``spectral``."""
+    start = options.spectral if options.spectral_start is None else options.spectral_start
+    return start ** (1 - kl_weight) * options.spectral**kl_weight
+
+
 def train_vae(
     model: HierarchicalVAE,
     dataset: Dataset,
@@ -118,7 +129,8 @@ def train_vae(
     device = next(model.parameters()).device
     optimizer = OPTIMIZERS[options.optimizer](model.parameters(), lr=options.learning_rate)
     rate = cosine(options.learning_rate, options.learning_rate / 100, options.steps, options.warmup)
-    trainee = Trainee("vae", model, optimizer, rate, path, identity, options.clip, options.ema)
+    norms = SpectralNorms(model).to(device) if options.spectral else None
+    trainee = Trainee("vae", model, optimizer, rate, path, identity, options.clip, options.ema, norms)
     layout, seed = model.layout(), identity.seed
     warmup = max(1, round(options.kl_warmup * options.steps))
 
@@ -131,6 +143,9 @@ def train_vae(
         balanced = options.kl_balance and weight < 1
         gamma = balance(parts.kl, layout) if balanced else torch.ones(model.groups)
         terms = {f"kl/k{k:02d}": weight * gamma[k].item() * kl.mean() for k, kl in enumerate(parts.kl)}
+        if norms is not None:
+            strength = spectral_weight(options, weight)
+            terms |= {"spectral": strength * norms(), "batch-norm": strength * batch_norm_scales(model)}
         return [{"reconstruction": -parts.log_likelihood.mean(), **terms}]
 
     model.train()

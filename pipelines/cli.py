@@ -26,6 +26,9 @@ SHARDS = "Parts into which a prior's groups are dealt; above 1 they are Ray task
 Threads = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_THREADS", help=THREADS)]
 Workers = Annotated[int, typer.Option(min=0, envvar="PRIORHOLE_WORKERS", help=WORKERS)]
 Shards = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_SHARDS", help=SHARDS)]
+Images = Annotated[
+    int | None, typer.Option(min=2, help="A quick look: likelihoods on so many test images, in a table of its own.")
+]
 Gpus = Annotated[float, typer.Option(min=0, help="GPUs of each shard.")]
 
 
@@ -89,9 +92,20 @@ def sample(experiment: Name, threads: Threads = 1, workers: Workers = 0, dry_run
 
 
 @app.command()
-def evaluate(experiment: Name, threads: Threads = 1, workers: Workers = 0, dry_run: DryRun = False) -> None:
+def evaluate(
+    experiment: Name, threads: Threads = 1, workers: Workers = 0, images: Images = None, dry_run: DryRun = False
+) -> None:
     """Measure likelihoods, sample quality and sampler diagnostics. Goes on from where it was stopped."""
-    _show(experiment) if dry_run else _pipeline(threads, workers).evaluate(experiment)
+    if dry_run:
+        _show(experiment)
+        return
+    from pipelines import results
+
+    path = _pipeline(threads, workers).evaluate(experiment, images)
+    typer.echo(path)
+    if images is not None:
+        table = results.over_seeds(results.read(path, f"priorhole evaluate {experiment}"))
+        typer.echo(table[["prior", "sampler", "metric", "value", "interval", "n"]].to_string(index=False))
 
 
 @app.command()

@@ -61,10 +61,14 @@ class EvaluateOptions(Options):
 
 
 class Experiment(Options):
-    """One experiment: what is trained, with which priors, sampled and measured how."""
+    """One experiment: what is trained, with which priors, sampled and measured how.
+
+    ``seeds`` repeat all of it; with ``vae_seed``, one VAE of that seed serves them all, and they repeat what follows.
+    """
 
     dataset: str
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    vae_seed: Annotated[int, Field(ge=0)] | None = None
     model: ModelChoice
     train: TrainOptions
     priors: dict[str, PriorChoice]

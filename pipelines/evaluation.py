@@ -11,11 +11,20 @@ from torch import Tensor
 
 from datasets.registry import spec
 from metrics import features, frechet, kid, mmd, modes
-from metrics.likelihood import LikelihoodOptions, contrastive_losses, fill_pool, log_likelihoods, mean_and_error
+from metrics.likelihood import (
+    LikelihoodOptions,
+    Pool,
+    contrastive_losses,
+    divergences,
+    fill_pool,
+    log_likelihoods,
+    mean_and_error,
+)
 from models.protocol import by_posterior, descend
 from pipelines.config import BASELINE, plain
 from pipelines.results import Row
 from pipelines.work import Seeded, under_floor
+from priors.protocol import Prior
 from priors.registry import PRIORS
 from priors.samplers import SAMPLERS
 from runtime import hardware
@@ -38,6 +47,7 @@ class Evaluation:
 
     at: Seeded
     report: Report
+    examples: int | None = None  # for a quick look: the first test examples alone, for the likelihoods
 
     def rows(self) -> Iterator[Row]:
         """All of them."""
@@ -64,11 +74,6 @@ class Evaluation:
         }
         return Row(prior=prior, metric=metric, value=value, stderr=stderr, n=n, **(common | more))
 
-    @cached_property
-    def _examples(self) -> Tensor:
-        """The test examples that likelihoods are measured on."""
-        return self.at.dataset.examples("test")[: self.at.experiment.evaluate.examples]
-
     def _training(self) -> Iterator[Row]:
         at = self.at
         yield self._row(BASELINE, "train-seconds", at.vae_document["seconds"], 0.0, at.vae_document["step"])
@@ -83,32 +88,53 @@ class Evaluation:
         of_samplers = {experiment.samplers[name].proposals for name in used if experiment.samplers[name].method == "sir"}
         return options.model_copy(update={"proposals": sorted({*options.proposals, *of_samplers})})
 
-    def _measured(self, options: LikelihoodOptions) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Per-example log-likelihoods and NCE losses, kept on disk block by block, and the error of each prior's pool."""
-        at, device = self.at, hardware.device()
-        priors = {name: at.prior(name) for name in at.experiment.priors}
-        corrected = {name: prior for name, prior in priors.items() if not prior.exact}
-        pools = {name: fill_pool(at.vae, prior, at.seed) for name, prior in corrected.items()}
+    def _measured(self, name: str, priors: dict[str, Prior], pools: dict[str, Pool], limit: int | None) -> dict[str, Tensor]:
+        """Per-example numbers of some priors, on the first ``limit`` test examples, kept on disk block by block.
+
+        They are log-likelihoods, NCE losses of the priors that have a normaliser, and the model's KL terms.
+        """
+        at, options = self.at, self._likelihood_options()
+        examples = at.dataset.examples("test")[:limit]
+        if pools and options.corrected is not None:
+            options = options.model_copy(update={"samples": options.corrected.samples})
 
         def compute(rows: range) -> dict[str, Tensor]:
-            x = self._examples[rows.start : rows.stop].to(device)
+            x = examples[rows.start : rows.stop].to(hardware.device())
             found = log_likelihoods(at.vae, priors, pools, x, rows, at.seed, options)
-            for name, prior in corrected.items():
-                losses = contrastive_losses(at.vae, prior, x, rows, at.seed)
-                found |= {f"{name}/nce-loss/k{k:02d}": loss for k, loss in enumerate(losses)}
-            return found
+            for prior in pools:
+                losses = contrastive_losses(at.vae, priors[prior], x, rows, at.seed)
+                found |= {f"{prior}/nce-loss/k{k:02d}": loss for k, loss in enumerate(losses)}
+            terms = divergences(at.vae, x, rows, at.seed)
+            return found | {f"{BASELINE}/kl/k{k:02d}": term for k, term in enumerate(terms)}
 
-        digests = [at.prior_document(name, k)["digest"] for name in priors for k in range(at.vae.groups)]
+        digests = [at.prior_document(prior, k)["digest"] for prior in priors for k in range(at.vae.groups)]
         config = {"vae digest": at.vae_document["digest"], "prior digests": digests, "likelihood": plain(options)}
-        source = source_digest("metrics.likelihood", *(PRIORS[p.method].__module__ for p in at.experiment.priors.values()))
-        identity = Identity(at.name, at.seed, config | {"examples": len(self._examples)}, source)
-        path = at.workspace.evaluation(at.name) / f"likelihood-seed-{at.seed}.safetensors"
-        found = in_blocks(path, identity, len(self._examples), at.experiment.evaluate.batch, compute, self.report)
-        return found, {name: pool.log_z[1] for name, pool in pools.items()}
+        methods = (PRIORS[at.experiment.priors[prior].method].__module__ for prior in priors)
+        source = source_digest("metrics.likelihood", *methods)
+        identity = Identity(at.name, at.seed, config | {"examples": len(examples)}, source)
+        path = at.workspace.evaluation(at.name) / f"{name}-{len(examples)}-seed-{at.seed}.safetensors"
+        return in_blocks(path, identity, len(examples), at.experiment.evaluate.batch, compute, self.report)
 
     def _likelihoods(self) -> Iterator[Row]:
-        options = self._likelihood_options()
-        found, pool_errors = self._measured(options)
+        at, options = self.at, self.at.experiment.evaluate.likelihood
+        priors = {name: at.prior(name) for name in at.experiment.priors}
+        pools = {name: fill_pool(at.vae, prior, at.seed, options.pool) for name, prior in priors.items() if not prior.exact}
+        limits = [limit for limit in (self.examples, at.experiment.evaluate.examples) if limit is not None]
+        limit = min(limits, default=None)
+        if not pools or options.corrected is None:
+            yield from self._likelihood_rows(self._measured("likelihood", priors, pools, limit), pools, options.samples)
+            return
+        exact = {name: prior for name, prior in priors.items() if prior.exact}
+        yield from self._likelihood_rows(self._measured("likelihood", exact, {}, limit), {}, options.samples)
+        few = min(options.corrected.examples, *limits)
+        measured = self._measured("corrected", priors, pools, few)
+        apart = {key: values for key, values in measured.items() if key.split("/")[0] in pools or key == BASELINE}
+        for row in self._likelihood_rows(apart, pools, options.corrected.samples):
+            if row.prior in pools:
+                yield row
+
+    def _likelihood_rows(self, found: dict[str, Tensor], pools: dict[str, Pool], samples: int) -> Iterator[Row]:
+        options, how = self._likelihood_options(), f"{samples} importance samples"
         samplers = {s.proposals: name for name, s in self.at.experiment.samplers.items() if s.method == "sir"}
         for key, values in found.items():
             prior, _, what = key.partition("/")
@@ -116,7 +142,7 @@ class Evaluation:
                 continue
             kind, _, detail = what.partition("/")
             value, stderr, n = mean_and_error(values)
-            if kind == "nce-loss":
+            if kind in ("nce-loss", "kl"):
                 yield self._row(prior, what, value, stderr, n)
                 continue
             if kind == "log-z":
@@ -126,16 +152,17 @@ class Evaluation:
                 continue
             gain, gain_error, _ = mean_and_error(values.double() - found[BASELINE].double())
             if kind == "":
-                yield self._row(prior, "loglik", value, stderr, n)
+                yield self._row(prior, "loglik", value, stderr, n, features=how)
                 if prior != BASELINE:
-                    yield self._row(prior, "loglik-gain", gain, gain_error, n)
+                    yield self._row(prior, "loglik-gain", gain, gain_error, n, features=how)
                 continue
             # The pool of base samples is shared by all examples, so its error does not average out over them.
-            total, gain_total = (math.hypot(error, pool_errors[prior]) for error in (stderr, gain_error))
+            shared = pools[prior].error(int(detail))
+            total, gain_total = (math.hypot(error, shared) for error in (stderr, gain_error))
             sampler = samplers.get(int(detail), f"sir-{detail}") if kind == "sampler" else ""
             for suffix in _suffixes(int(detail), options) if kind == "plugin" else [""]:
-                yield self._row(prior, f"loglik-{kind}{suffix}", value, total, n, sampler=sampler)
-                yield self._row(prior, f"loglik-gain-{kind}{suffix}", gain, gain_total, n, sampler=sampler)
+                yield self._row(prior, f"loglik-{kind}{suffix}", value, total, n, sampler=sampler, features=how)
+                yield self._row(prior, f"loglik-gain-{kind}{suffix}", gain, gain_total, n, sampler=sampler, features=how)
 
     @cached_property
     def _posterior_pass(self) -> tuple[list[Tensor], Tensor]:
@@ -198,7 +225,11 @@ class Evaluation:
         at = self.at
         yield from self._quality(AGGREGATE, self._posterior_pass[1])
         if truth := spec(at.experiment.dataset).truth:
-            yield self._row(DATA, "loglik", *mean_and_error(truth.log_density(self._examples.double())))
+            yield self._row(
+                DATA,
+                "loglik",
+                *mean_and_error(truth.log_density(at.dataset.examples("test")[: at.experiment.evaluate.examples].double())),
+            )
             yield from self._quality(DATA, at.dataset.examples("test"))
         if at.experiment.evaluate.features is not None:
             yield from self._quality(DATA, at.dataset.images("test"))
@@ -241,7 +272,7 @@ def features_task(report: Report, at: Seeded) -> None:
         load_features(at, report)
 
 
-def evaluation_task(report: Report, at: Seeded) -> list[Row]:
-    """All measurements of one seed."""
+def evaluation_task(report: Report, at: Seeded, examples: int | None) -> list[Row]:
+    """All measurements of one seed; see :class:`Evaluation`."""
     with exclusive(at.workspace.locks, f"{at.name}/evaluation/seed-{at.seed}"):
-        return list(Evaluation(at, report).rows())
+        return list(Evaluation(at, report, examples).rows())

@@ -29,6 +29,7 @@ METRICS: dict[str, Metric] = {
     ),
     r"loglik-sampler": Metric("nats", "higher", "lower bound for the distribution that SIR with M proposals draws from"),
     r"loglik-gain(-sampler|-plugin(/N\d+)?)?": Metric("nats", "higher", "paired gain in log-likelihood over the base prior"),
+    r"kl/k\d\d": Metric("nats", "", "KL(q || p) of a group under the model's own prior, test examples"),
     r"bits-per-dim": Metric("bits/dim", "lower", "negative log-likelihood per dimension"),
     r"ess-fraction/k\d\d": Metric("", "higher", "effective sample size as a fraction of M, or of a chain's states"),
     r"ess-floor-share/k\d\d": Metric("", "lower", "share of images with an effective sample size under 10"),
@@ -66,7 +67,7 @@ class Row:
         metric: a name of METRICS.
         value, stderr, n: the number, its standard error, and how many examples or samples it was computed on.
         seed, seconds, device: of the run.
-        features: feature network and decoding of FID and KID, bandwidths of MMD.
+        features: feature network and decoding of FID and KID, bandwidths of MMD, importance samples of likelihoods.
         target: ids of the claims that the number is held against.
         revision: of the code.
     """

@@ -54,10 +54,13 @@ class Pipeline:
     def train_vae(self, name: str) -> None:
         """Stage 1: train the VAE of every seed."""
         experiment, seeds = self._seeds(name)
-        _prune(self.workspace.artifacts(name) / "vae", [seeds])
-        documents = self._run("train-vae", name, [Task(f"VAE, seed {at.seed}", vae_task, {"at": at}) for at in seeds])
+        seeds = list({at.vae_seed: at for at in seeds}.values())
+        _prune(self.workspace.artifacts(name) / "vae", [[f"seed-{at.vae_seed}" for at in seeds]])
+        documents = self._run(
+            "train-vae", name, [Task(f"VAE, seed {at.vae_seed}", vae_task, {"at": at.fresh()}) for at in seeds]
+        )
         runs = {
-            at.seed: {"loss": one["history"], "train-seconds": one["seconds"]}
+            at.vae_seed: {"loss": one["history"], "train-seconds": one["seconds"]}
             for at, one in zip(seeds, documents, strict=True)
         }
         tracking.record(
@@ -112,21 +115,31 @@ class Pipeline:
             )
         tracking.record(self.root, "sample", name, runs, {"sample": plain(experiment.sample)})
 
-    def evaluate(self, name: str) -> None:
-        """Measure everything; the rows go to the experiment's own table."""
+    def evaluate(self, name: str, examples: int | None = None) -> Path:
+        """Measure everything; the rows go to the experiment's own table.
+
+        Args:
+            name: the experiment.
+            examples: a quick look, with likelihoods on the first test examples alone, in a table that no report reads.
+
+        Returns:
+            The table's path.
+        """
         experiment, seeds = self._seeds(name)
         if experiment.evaluate.features is not None:
             self._run("features", name, [Task("feature network", features_task, {"at": seeds[0].fresh()})])
-        tasks = [Task(f"evaluation, seed {at.seed}", evaluation_task, {"at": at.fresh()}) for at in seeds]
+        tasks = [
+            Task(f"evaluation, seed {at.seed}", evaluation_task, {"at": at.fresh(), "examples": examples}) for at in seeds
+        ]
         found = self._run("evaluate", name, tasks)
-        results.write(
-            self.workspace.evaluation(name) / "results.csv", results.frame([row for rows in found for row in rows])
-        )
+        path = self.workspace.evaluation(name) / ("results.csv" if examples is None else f"results-{examples}.csv")
+        results.write(path, results.frame([row for rows in found for row in rows]))
         runs = {
             at.seed: {"/".join(filter(None, (row.prior, row.sampler, row.metric))): row.value for row in rows}
             for at, rows in zip(seeds, found, strict=True)
         }
-        tracking.record(self.root, "evaluate", name, runs, {"evaluate": plain(experiment.evaluate)})
+        tracking.record(self.root, "evaluate", name, runs, {"evaluate": plain(experiment.evaluate), "examples": examples})
+        return path
 
     def report(self) -> list[Path]:
         """Gather the results, judge the claims, draw the figures. Returns the files written."""

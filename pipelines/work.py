@@ -75,6 +75,12 @@ class Seeded:
         """The prepared data set. Raises UserError if it is missing, corrupt or another one."""
         return data.load(self.experiment.dataset, self.workspace.data(self.name))
 
+    @property
+    def vae_seed(self) -> int:
+        """The seed of the VAE that this seed's priors are learned for."""
+        shared = self.experiment.vae_seed
+        return self.seed if shared is None else shared
+
     def vae_identity(self) -> Identity:
         """What the VAE is made from."""
         options = self.experiment.model
@@ -82,19 +88,19 @@ class Seeded:
             "dataset": {"name": self.experiment.dataset, "digest": self.dataset.digest},
             "model": plain(options),
             "train": plain(self.experiment.train),
-            "seed": self.seed,
+            "seed": self.vae_seed,
         }
         source = source_digest("models.trainer", models.MODELS[options.name].__module__)
-        return Identity(self.name, self.seed, config, source)
+        return Identity(self.name, self.vae_seed, config, source)
 
     def new_vae(self) -> HierarchicalVAE:
         """The VAE before training."""
-        with initialising(self.seed, "vae"):
+        with initialising(self.vae_seed, "vae"):
             return models.build(self.experiment.model.name, self.experiment.model, spec(self.experiment.dataset).shape)
 
     @cached_property
     def _stored_vae(self) -> tuple[HierarchicalVAE, dict[str, Any]]:
-        path = self.workspace.vae(self.name, self.seed)
+        path = self.workspace.vae(self.name, self.vae_seed)
         tensors, document = checkpoints.load_verified(path, self.vae_identity(), f"priorhole train-vae {self.name}")
         model = self.new_vae()
         checkpoints.restore(model, tensors, path)
@@ -182,9 +188,9 @@ class Seeded:
 
 def vae_task(report: Report, at: Seeded) -> dict[str, Any]:
     """Stage 1 for one seed: train the VAE, or find it trained. Returns the checkpoint's metadata."""
-    with exclusive(at.workspace.locks, f"{at.name}/vae/seed-{at.seed}"):
+    with exclusive(at.workspace.locks, f"{at.name}/vae/seed-{at.vae_seed}"):
         model = at.new_vae().to(hardware.device())
-        path = at.workspace.vae(at.name, at.seed)
+        path = at.workspace.vae(at.name, at.vae_seed)
         return train_vae(model, at.dataset, at.experiment.train, path, at.vae_identity(), report)
 
 

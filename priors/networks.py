@@ -6,18 +6,27 @@ thousand proposals in one context pay for the context once.
 
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
+from models.layers import SqueezeExcitation
 from models.protocol import Group
 from runtime.options import Options
 
 
 class NetworkOptions(Options):
-    """``width``: units or channels. ``depth``: hidden layers of a perceptron, or residual blocks of a convolutional net."""
+    """``width``: units or channels. ``depth``: hidden layers of a perceptron, or residual blocks of a convolutional net.
+
+    ``halvings``: of a convolutional net, how often a block with stride 2 follows that halves the side and doubles the
+    channels, with ``depth`` more blocks after it. ``context``: whether the network sees the context at all.
+    """
 
     width: Annotated[int, Field(ge=1)] = 128
     depth: Annotated[int, Field(ge=1)] = 3
+    halvings: Annotated[int, Field(ge=0)] = 0
+    context: bool = True
 
 
 def scorer(options: NetworkOptions, group: Group) -> nn.Module:
@@ -49,42 +58,47 @@ class VectorScorer(_Scorer):
         super().__init__()
         width = options.width
         self.see_z = nn.Linear(group.latent[0], width)
-        self.see_context = nn.Linear(group.context[0], width, bias=False) if group.context[0] else None
+        seen = group.context[0] if options.context else 0
+        self.see_context = nn.Linear(seen, width, bias=False) if seen else None
         hidden = [layer for _ in range(options.depth - 1) for layer in (nn.Linear(width, width), nn.ReLU())]
         self.judge = nn.Sequential(nn.ReLU(), *hidden, nn.Linear(width, 1))
 
 
-class SqueezeExcitation(nn.Module):
-    """Scale each channel by a gate computed from the channels' means. (n, width, h, w) to the same."""
+class BlockA(nn.Module):
+    """x + SE(conv(swish(BN(conv(swish(BN(x)))))))."""
 
     def __init__(self, width: int):
         super().__init__()
-        hidden = max(width // 16, 4)
-        self.gate = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width), nn.Sigmoid())
+        self.body = _body(width, width, stride=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the gate."""
-        return x * self.gate(x.mean((2, 3)))[:, :, None, None]
-
-
-class Block(nn.Module):
-    """x + SE(conv(swish(BN(conv(swish(BN(x))))))), the classifier's residual block."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.BatchNorm2d(width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            SqueezeExcitation(width),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the block."""
+        """(n, width, h, w) to the same."""
         return x + self.body(x)
+
+
+class BlockB(nn.Module):
+    """Block A with stride 2 and twice the channels; a 1x1 convolution of every second position for the identity."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.skip = nn.Conv2d(width, 2 * width, 1)
+        self.body = _body(width, 2 * width, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, width, h, w) to (n, 2 width, h / 2, w / 2), halves rounded up."""
+        return self.skip(x[:, :, ::2, ::2]) + self.body(x)
+
+
+def _body(width: int, out: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.BatchNorm2d(width),
+        nn.SiLU(),
+        nn.Conv2d(width, out, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(out),
+        nn.SiLU(),
+        nn.Conv2d(out, out, 3, padding=1),
+        SqueezeExcitation(out),
+    )
 
 
 class MapScorer(_Scorer):
@@ -94,8 +108,14 @@ class MapScorer(_Scorer):
         super().__init__()
         width = options.width
         self.see_z = nn.Conv2d(group.latent[0], width, 3, padding=1)
-        self.see_context = nn.Conv2d(group.context[0], width, 3, padding=1, bias=False)
-        blocks = [Block(width) for _ in range(options.depth)]
+        self.see_context = nn.Conv2d(group.context[0], width, 3, padding=1, bias=False) if options.context else None
+        blocks: list[nn.Module] = [BlockA(width) for _ in range(options.depth)]
+        for _ in range(options.halvings):
+            blocks += [BlockB(width), *(BlockA(2 * width) for _ in range(options.depth))]
+            width *= 2
         self.judge = nn.Sequential(
             *blocks, nn.BatchNorm2d(width), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1)
         )
+        convert_conv2d_weight_memory_format(
+            self, torch.channels_last
+        )  # the faster layout for convolutions, on CPUs and GPUs alike

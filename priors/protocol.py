@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.distributions import Distribution
 from models.protocol import Group, HierarchicalVAE
 from runtime import options
+from runtime.hardware import Precision
 from runtime.training import Terms
 
 
@@ -70,12 +71,19 @@ class TrainedPrior(GroupPrior, ABC):
     """A prior that is trained by gradient descent, on pairs of a posterior and a base sample in the same context."""
 
     class Options(GroupPrior.Options):
-        """Adam, cosine from ``learning_rate`` to ``final_learning_rate``, on ``batch`` images for each of ``steps``."""
+        """Adam, cosine from ``learning_rate`` to ``final_learning_rate``, on ``batch`` images for each of ``steps``.
+
+        ``checks``: how often, evenly over the training, the loss is measured on ``held_out`` validation examples; the state
+        with the best of these losses is kept. ``precision``: ``auto`` is bf16 autocast where the hardware gains from it.
+        """
 
         steps: Annotated[int, Field(ge=1)]
         batch: Annotated[int, Field(ge=2)]
         learning_rate: Annotated[float, Field(gt=0)] = 1e-3
         final_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
+        checks: Annotated[int, Field(ge=1)] = 10
+        held_out: Annotated[int, Field(ge=2)] = 1000
+        precision: Precision = "fp32"
 
     options: Options
 

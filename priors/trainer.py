@@ -17,6 +17,7 @@ from datasets.dataset import Dataset
 from models.protocol import by_posterior, descend
 from priors.protocol import FittedPrior, GroupPrior, Prior, TrainedPrior
 from runtime import checkpoints
+from runtime.hardware import autocast
 from runtime.identity import Identity
 from runtime.progress import Report, silent
 from runtime.randomness import Noise
@@ -92,13 +93,34 @@ def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, d
         for name, slot in slot_of.items()
     ]
 
+    def shared_pass(x: Tensor, purpose: str, step: int) -> list[Pair]:
+        with autocast(options.precision, device.type):
+            return pairs(below, x.to(device), seed, purpose, step)
+
     def losses(step: int, active: Sequence[Trainee]) -> list[Terms]:
-        found = pairs(below, dataset.train_batch(options.batch, seed, step).to(device), seed, "prior", step)
-        return [_loss(slot_of[trainee.name], found, step) for trainee in active]
+        found = shared_pass(dataset.train_batch(options.batch, seed, step), "prior", step)
+        with autocast(options.precision, device.type):
+            return [_loss(slot_of[trainee.name], found, step) for trainee in active]
+
+    validation = dataset.examples("validation")[: options.held_out]
+
+    def held_out(active: Sequence[Trainee]) -> list[float]:
+        """The loss on validation examples, with the same draws at every check."""
+        totals = [0.0] * len(active)
+        for trainee in active:
+            trainee.module.eval()
+        for part, x in enumerate(validation.split(options.batch)):
+            found = shared_pass(x, "held-out", part)
+            for index, trainee in enumerate(active):
+                terms = _loss(slot_of[trainee.name], found, trainee.step)
+                totals[index] += sum(term.item() for term in terms.values()) * len(x)
+        for trainee in active:
+            trainee.module.train()
+        return [total / len(validation) for total in totals]
 
     for slot in slots:
         slot.prior.train()
-    train(trainees, options.steps, losses, report)
+    train(trainees, options.steps, losses, report, held_out, min(options.checks, options.steps))
     for trainee in trainees:
         if trainee.finished is None:
             trainee.finish()

@@ -22,11 +22,11 @@ def device_name() -> str:
 
 @cache
 def gains_from_bf16(kind: str) -> bool:
-    """Whether bf16 matrix products are faster than fp32 on this device type: GPUs with bf16 units, CPUs with AMX."""
+    """Whether bf16 is faster than fp32 on this device type: on GPUs with bf16 units, and CPUs with AMX or AVX-512 BF16."""
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
+    return cpuinfo.exists() and any(unit in cpuinfo.read_text() for unit in ("amx_bf16", "avx512_bf16"))
 
 
 def autocast(precision: Precision, kind: str) -> AbstractContextManager:

@@ -21,6 +21,8 @@ from runtime.progress import Report, silent
 
 SAVE_SECONDS = 20.0
 HISTORY_POINTS = 100
+OVERFITTING_NATS = 0.05
+PROGRESS = ("step", "seconds", "history", "held_out")
 
 Terms = dict[str, Tensor]
 """Named loss terms, scalars. The loss is their sum."""
@@ -55,6 +57,9 @@ class Trainee:
         identity: what it is made from.
         clip: largest gradient norm, or None.
         ema: decay of the weights' exponential moving average, which is what is saved in the end; None for none.
+        companion: holds what the loss carries from step to step; kept while training, no part of the result.
+
+    Where held-out losses are measured (:func:`train`), the state with the best of them is what is saved in the end.
     """
 
     name: str
@@ -65,11 +70,15 @@ class Trainee:
     identity: Identity
     clip: float | None = None
     ema: float | None = None
+    companion: nn.Module | None = None
     step: int = 0
     seconds: float = 0.0
     history: list[list[float]] = field(default_factory=list)  # [step, loss]
+    held_out: list[list[float]] = field(default_factory=list)  # [steps made, held-out loss, mean training loss before]
     finished: dict[str, Any] | None = None  # the metadata of the finished checkpoint
     average: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    recent: list[float] = field(default_factory=list)  # training losses since the last held-out one
 
     @property
     def rolling(self) -> Path:
@@ -94,26 +103,41 @@ class Trainee:
         checkpoints.restore(self.module, _under("module.", tensors), self.rolling)
         for name, tensor in _under("average.", tensors).items():
             self.average[name].copy_(tensor)
+        if self.companion is not None:
+            checkpoints.restore(self.companion, _under("companion.", tensors), self.rolling)
         self._restore_optimizer(_under("optimizer.", tensors))
-        self.step, self.seconds, self.history = document["step"], document["seconds"], document["history"]
+        self.best = _under("best.", tensors)
+        self.recent = _under("recent.", tensors)["losses"].tolist()
+        for name in PROGRESS:
+            setattr(self, name, document[name])
 
     def save_rolling(self) -> None:
         """Write everything that continuing to the same numbers takes."""
         tensors = {f"module.{name}": tensor for name, tensor in self.module.state_dict().items()}
         tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors["recent.losses"] = torch.tensor(self.recent, dtype=torch.float64)
+        if self.companion is not None:
+            tensors |= {f"companion.{name}": tensor for name, tensor in self.companion.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        progress = {"step": self.step, "seconds": self.seconds, "history": self.history}
-        checkpoints.save(self.rolling, tensors, self.identity, **progress)
+        checkpoints.save(self.rolling, tensors, self.identity, **{name: getattr(self, name) for name in PROGRESS})
 
     def finish(self, **metadata: Any) -> None:
-        """Write the finished checkpoint (the averaged weights, if there are any) and drop the rolling one."""
-        if self.average:
-            self.module.load_state_dict(self.average)
+        """Write the finished checkpoint (the best state, or the averaged one, if there is such) and drop the rolling one."""
+        if self.best or self.average:
+            self.module.load_state_dict(self.best or self.average)
         self.module.eval()
-        progress = {"step": self.step, "seconds": self.seconds, "history": self.history}
+        progress = {name: getattr(self, name) for name in PROGRESS}
         checkpoints.save(self.path, self.module.state_dict(), self.identity, **progress, **metadata)
         self.rolling.unlink(missing_ok=True)
+
+    def judge(self, loss: float) -> None:
+        """Note a held-out loss, and keep the state if it is the best so far."""
+        if not any(loss >= earlier for _, earlier, _ in self.held_out):
+            self.best = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+        self.held_out.append([self.step, loss, sum(self.recent) / len(self.recent)])
+        self.recent = []
 
     def update(self, terms: Terms, steps: int) -> float:
         """One optimiser step on the sum of the terms. Raises NonFiniteLossError. Returns the loss."""
@@ -133,6 +157,7 @@ class Trainee:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
         self.optimizer.step()
         self._average()
+        self.recent.append(value)
         if self.step % max(1, steps // HISTORY_POINTS) == 0:
             self.history.append([self.step, value])
         self.step += 1
@@ -158,8 +183,28 @@ class Trainee:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
 
 
+def overfits(held_out: Sequence[Sequence[float]]) -> bool:
+    """Whether held-out losses say that training memorises: no new best in the last three, and training losses well below.
+
+    Args:
+        held_out: rows of :attr:`Trainee.held_out`.
+    """
+    if len(held_out) < 4:
+        return False
+    *before, last = (loss for _, loss, _ in held_out[-4:])
+    best = min(loss for _, loss, _ in held_out[:-3])
+    return min(*before[1:], last) >= best and held_out[-1][2] < last - OVERFITTING_NATS
+
+
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _note(active: Sequence[Trainee], values: Sequence[float]) -> str:
+    """For the progress: the mean loss, and who overfits."""
+    memorising = [trainee.name for trainee in active if overfits(trainee.held_out)]
+    warning = f"; overfitting: {', '.join(memorising)}" if memorising else ""
+    return f"loss {sum(values) / len(values):.4f}{warning}"
 
 
 def train(
@@ -167,6 +212,8 @@ def train(
     steps: int,
     losses: Callable[[int, Sequence[Trainee]], Sequence[Terms]],
     report: Report = silent,
+    held_out: Callable[[Sequence[Trainee]], Sequence[float]] | None = None,
+    checks: int = 0,
 ) -> None:
     """Train until every trainee that is not finished has made ``steps`` steps.
 
@@ -176,11 +223,14 @@ def train(
         losses: maps (step, the trainees that take this step) to their loss terms, in their order. Its draws must depend
             on the step alone, so that a resumed run repeats the undisturbed one.
         report: told of the progress.
+        held_out: maps the trainees to their losses on held-out examples; called ``checks`` times, evenly, the last time
+            after the last step.
 
     Raises:
         NonFiniteLossError: naming the term that broke.
         UserError: a checkpoint could not be written.
     """
+    due = {-(-steps * check // checks) for check in range(1, checks + 1)} if checks else set()
     for trainee in trainees:
         trainee.resume()
     waiting = [trainee for trainee in trainees if trainee.finished is None]
@@ -195,7 +245,10 @@ def train(
             before = time.monotonic()
             values.append(trainee.update(own, steps))
             trainee.seconds += shared + time.monotonic() - before
-        report(step + 1, steps, f"loss {sum(values) / len(values):.4f}")
+        if held_out is not None and step + 1 in due:
+            for trainee, loss in zip(active, held_out(active), strict=True):
+                trainee.judge(loss)
+        report(step + 1, steps, _note(active, values))
         if time.monotonic() - saved > SAVE_SECONDS:
             for trainee in active:
                 trainee.save_rolling()

@@ -165,6 +165,9 @@ def test_the_example_prior_of_the_readme_works_with_every_sampler(tmp_path, monk
         def train_batch(self, size, seed, step):
             return torch.randn(size, 2, generator=generator(seed, "x", step=step))
 
+        def examples(self, split):
+            return self.train_batch(20, 0, len(split))
+
     prior = prior_class(prior_class.Options(**options | {"steps": 20}), group)
     before = {key: value.clone() for key, value in prior.state_dict().items()}
     learn(below, [Slot(0, prior, tmp_path / "k00.safetensors", Identity("x", 0))], Points())

@@ -14,6 +14,26 @@ from runtime.randomness import Noise, initialising
 
 SMALL = {
     "mlp-vae": [({"latents": 3, "width": 16}, (2,)), ({"latents": 3, "width": 16, "likelihood": "bernoulli"}, (1, 8, 8))],
+    "nvae": [
+        ({"groups_per_scale": [2, 1], "latent_channels": 2, "width": 4, "halvings": 1, "outer_cells": 1}, (1, 8, 8)),
+        ({"groups_per_scale": [2], "latent_channels": 1, "width": 8, "patch": 4, "halvings": 1, "cells": 1}, (1, 28, 28)),
+        (
+            {
+                "groups_per_scale": [1, 1, 1],
+                "latent_channels": 2,
+                "width": 4,
+                "halvings": 1,
+                "cells": 1,
+                "base_prior": "fixed",
+                "likelihood": "logistic-mixture",
+            },
+            (3, 16, 16),
+        ),
+        (
+            {"groups_per_scale": [2], "latent_channels": 1, "width": 4, "halvings": 1, "likelihood": "pixel-normal"},
+            (3, 8, 8),
+        ),
+    ],
     "residual-hvae": [
         ({"groups_per_scale": [2, 2], "latent_channels": 2, "width": 8, "halvings": 1}, (1, 8, 8)),
         ({"groups_per_scale": [3], "latent_channels": 1, "width": 8, "halvings": 3, "cells": 2}, (1, 28, 28)),
@@ -37,7 +57,7 @@ def noise(model, seed=0, rows=None):
 
 @pytest.mark.parametrize(("name", "options", "shape"), CASES)
 def test_every_model_keeps_the_protocol(name, options, shape, tmp_path):
-    model = make(name, options, shape)
+    model = make(name, options, shape).eval()
     x = torch.rand(5, *shape).round()
     layout = model.layout()
     assert [group.k for group in layout] == list(range(model.groups))
@@ -69,21 +89,26 @@ def test_gradients_reach_every_parameter_and_seeds_and_files_repeat(name, option
     x = torch.rand(4, *shape).round()
     loss = -evidence(model, x, noise(model)).elbo.mean()
     loss.backward()
-    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    reached = {
+        name: parameter.grad is not None and bool(parameter.grad.any()) for name, parameter in model.named_parameters()
+    }
+    missing = [name for name, found in reached.items() if not found and ".gate." not in name]  # four units may all be off
     assert missing == []
     assert torch.equal(loss, -evidence(twin, x, noise(twin)).elbo.mean())
+    model.eval()
+    loss = -evidence(model, x, noise(model)).elbo.mean()
     from runtime.identity import Identity
 
     checkpoints.save(tmp_path / "m.safetensors", model.state_dict(), Identity("x", 0))
     with initialising(1, "other"):
         other = build(name, MODELS[name].Options(**options), shape)
     checkpoints.restore(other, checkpoints.load(tmp_path / "m.safetensors", "")[0], tmp_path)
-    assert torch.equal(loss, -evidence(other, x, noise(other)).elbo.mean())
+    assert torch.equal(loss, -evidence(other.eval(), x, noise(other)).elbo.mean())
 
 
 @pytest.mark.parametrize(("name", "options", "shape"), CASES)
 def test_rows_do_not_depend_on_the_batch_they_travel_in(name, options, shape):
-    model = make(name, options, shape).double()
+    model = make(name, options, shape).double().eval()
     x = torch.rand(6, *shape).round().double()
     with torch.no_grad():
         whole, part = (
@@ -102,8 +127,11 @@ def test_the_analytic_kl_is_the_mean_log_ratio():
     assert kl_divergence(q, p).item() == pytest.approx(2 * one, abs=1e-7)
 
 
+RESIDUAL = ("residual-hvae", *SMALL["residual-hvae"][0])
+
+
 def test_the_residual_model_starts_at_its_prior_and_pads_what_does_not_divide():
-    model = make(*CASES[2])
+    model = make(*RESIDUAL)
     parts = evidence(model, torch.rand(4, 1, 8, 8).round(), noise(model))
     assert all(kl.mean() < 1 for kl in parts.kl)
     assert (
@@ -120,7 +148,7 @@ def test_the_flat_model_has_one_group_and_no_context():
 
 
 def test_balancing_favours_groups_with_a_large_kl_and_has_mean_one():
-    model = make(*CASES[2])
+    model = make(*RESIDUAL)
     gamma = balance([torch.full((3,), value) for value in (4.0, 1.0, 1.0, 0.0)], model.layout())
     assert gamma.mean().item() == pytest.approx(1)
     assert gamma[0] > gamma[1] > gamma[2] > gamma[3]

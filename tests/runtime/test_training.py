@@ -6,7 +6,7 @@ import torch
 from runtime import training
 from runtime.identity import Identity
 from runtime.randomness import generator
-from runtime.training import NonFiniteLossError, Trainee, cosine, train
+from runtime.training import NonFiniteLossError, Trainee, cosine, overfits, train
 
 
 def make(tmp_path, name, ema=0.9):
@@ -44,6 +44,50 @@ def test_trainees_resumed_from_different_steps_equal_the_undisturbed_run(tmp_pat
     train([again], 60, losses)
     assert again.finished is not None
     assert torch.equal(again.module[0].weight, resumed[0].module[0].weight)
+
+
+def test_the_best_held_out_state_is_kept_through_a_resumption_with_what_the_loss_carries(tmp_path):
+    def scores(trainees):
+        return [abs(one.step - 24) / 10 for one in trainees]  # best at the check after step 24
+
+    def carrying(step, active):
+        with torch.no_grad():
+            active[0].companion.weight += 1
+        return losses(step, active)
+
+    def trainee():
+        one = make(tmp_path, "a", ema=None)
+        one.companion = torch.nn.Linear(1, 1)
+        torch.nn.init.zeros_(one.companion.weight)
+        return one
+
+    first = trainee()
+    train([first], 30, carrying, held_out=scores, checks=5)
+    first.save_rolling()
+    resumed = trainee()
+    train([resumed], 60, carrying, held_out=scores, checks=10)
+    assert resumed.companion.weight.item() == 60
+    assert [step for step, *_ in resumed.held_out] == [6, 12, 18, 24, 30, 36, 42, 48, 54, 60]
+    resumed.finish()
+    (tmp_path / "other").mkdir()
+    until = make(tmp_path / "other", "a", ema=None)
+    train([until], 24, losses)
+    kept = resumed.module.state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in until.module.state_dict().items())
+    again = make(tmp_path, "a", ema=None)
+    again.resume()
+    assert again.finished["held_out"] == resumed.held_out
+
+
+def test_overfitting_is_a_gap_to_training_without_a_new_best():
+    falling = [[i, 1.3 - 0.01 * i, 1.3] for i in range(6)]
+    assert not overfits(falling)
+    memorising = [[0, 1.2, 1.2], [1, 1.21, 1.1], [2, 1.25, 1.0], [3, 1.3, 0.9]]
+    assert overfits(memorising)
+    assert not overfits(memorising[:3])
+    assert not overfits([[i, 1.3, 1.29] for i in range(6)])  # no gap: it has merely converged
+    late = [[0, 1.2, 1.2], [1, 1.3, 1.1], [2, 1.25, 1.0], [3, 1.1, 0.9]]
+    assert not overfits(late)
 
 
 def test_a_checkpoint_of_another_identity_is_wiped_and_not_resumed(tmp_path):

@@ -1,0 +1,51 @@
+"""Layers that models and learned priors share."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class SqueezeExcitation(nn.Module):
+    """Scale each channel by a gate computed from the channels' means. (n, width, h, w) to the same."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = max(width // 16, 4)
+        self.gate = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the gate."""
+        return x * self.gate(x.mean((2, 3)))[:, :, None, None]
+
+
+class NormalisedConv2d(nn.Conv2d):
+    """A convolution whose filters have a learned norm of their own: w = exp(g) v / |v| (Salimans and Kingma 2016)."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        norm = self.weight.detach().flatten(1).norm(dim=1)
+        self.log_norm = nn.Parameter((norm + 1e-2).log())
+
+    @property
+    def effective_weight(self) -> Tensor:
+        """The filters that are applied, shape of ``weight``."""
+        norm = torch.sqrt(self.weight.square().sum((1, 2, 3)) + 1e-5)
+        return self.weight * (self.log_norm.exp() / norm)[:, None, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve."""
+        return functional.conv2d(x, self.effective_weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """One filter per channel, side preserved. On a CPU always in fp32: there, bf16 makes the filters' gradient slower."""
+
+    def __init__(self, width: int, kernel: int):
+        super().__init__(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve, in the type of ``x``."""
+        if x.device.type != "cpu":
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)

@@ -1,0 +1,99 @@
+import copy
+
+import pytest
+import torch
+import yaml
+
+from models.layers import NormalisedConv2d
+from models.nvae import NVAE
+from models.spectral import SpectralNorms, batch_norm_scales, filters
+from models.trainer import OPTIMIZERS, TrainOptions, evidence, spectral_weight
+from runtime.identity import ROOT
+from runtime.randomness import Noise
+
+# The papers' shapes: groups per scale (coarsest first), side of the image, channels, and what the latent maps must be.
+PAPER = {
+    "mnist": ({"groups_per_scale": [10], "width": 32, "halvings": 3, "outer_cells": 3}, (1, 28, 28), [4] * 10),
+    "cifar10": ({"groups_per_scale": [30], "width": 128, "halvings": 1}, (3, 32, 32), [16] * 30),
+    "celeba64": ({"groups_per_scale": [5, 5, 5], "width": 48, "halvings": 1}, (3, 64, 64), [8] * 5 + [16] * 5 + [32] * 5),
+    "celebahq256": (
+        {"groups_per_scale": [4, 4, 4, 4, 4], "width": 32, "halvings": 1},
+        (3, 256, 256),
+        [8] * 4 + [16] * 4 + [32] * 4 + [64] * 4 + [128] * 4,
+    ),
+}
+
+
+def options(name, **changes):
+    return NVAE.Options(**({"latent_channels": 20} | PAPER[name][0] | changes))
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_models_build_at_full_width_and_train_at_reduced_width(name):
+    _, shape, sides = PAPER[name]
+    with torch.device("meta"):
+        full = NVAE(options(name), shape)
+        assert [group.latent for group in full.layout()] == [(20, side, side) for side in sides]
+    likelihood = "bernoulli" if shape[0] == 1 else "pixel-normal"
+    small = NVAE(options(name, width=4, cells=1, outer_cells=1, latent_channels=1, likelihood=likelihood), shape)
+    optimizer = OPTIMIZERS["adamax"](small.parameters(), lr=1e-3)
+    before = copy.deepcopy(small.state_dict())
+    loss = -evidence(small, torch.rand(2, *shape), [Noise(0, "t", k) for k in range(small.groups)]).elbo.mean()
+    loss.backward()
+    optimizer.step()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(value).all() for value in small.state_dict().values())
+    assert any(not torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+def test_every_size_of_the_papers_mnist_model_stands_in_the_parameters():
+    model = yaml.safe_load((ROOT / "params.yaml").read_text())["experiments"]["mnist-nvae"]["model"]
+    assert {key: model[key] for key in PAPER["mnist"][0]} == PAPER["mnist"][0]
+    assert model["latent_channels"] == 20
+
+
+def test_a_new_model_starts_at_its_prior():
+    model = NVAE(NVAE.Options(groups_per_scale=[3], latent_channels=2, width=8, halvings=1), (1, 8, 8)).eval()
+    parts = evidence(model, torch.rand(4, 1, 8, 8).round(), [Noise(0, "t", k) for k in range(3)])
+    assert all(kl.mean() < 3 for kl in parts.kl)
+
+
+def test_a_fixed_base_prior_is_the_same_in_every_group():
+    model = NVAE(NVAE.Options(groups_per_scale=[3], latent_channels=2, width=8, halvings=1, base_prior="fixed"), (1, 8, 8))
+    for k in range(3):
+        prior = model.prior(k, model.start(2))
+        assert torch.equal(prior.mean, torch.zeros(2, 2, 4, 4))
+        assert torch.equal(prior.variance, torch.ones(2, 2, 4, 4))
+
+
+def test_a_normalised_convolution_keeps_its_function_until_its_norms_move():
+    layer = NormalisedConv2d(3, 4, 3)
+    norms = layer.effective_weight.flatten(1).norm(dim=1)
+    assert torch.allclose(norms, layer.log_norm.exp(), rtol=1e-4)
+    with torch.no_grad():
+        layer.weight.mul_(7)
+    assert torch.allclose(layer.effective_weight.flatten(1).norm(dim=1), norms, rtol=1e-3)
+
+
+def test_spectral_norms_are_the_largest_singular_values_and_their_gradient_flows():
+    model = NVAE(NVAE.Options(groups_per_scale=[2, 1], latent_channels=2, width=8, halvings=1), (1, 8, 8))
+    norms = SpectralNorms(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
+    exact = sum(torch.linalg.matrix_norm(filters(layer), 2) for layer in layers)
+    for _ in range(30):
+        found = norms()
+    assert found.item() == pytest.approx(exact.item(), rel=0.01)
+    assert found.item() <= exact.item() * (1 + 1e-5)  # power iteration approaches from below
+    found.backward()
+    assert all(layer.weight.grad is not None for layer in layers)
+    scales = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        scales[0].weight[0] = -3
+    assert batch_norm_scales(model).item() == pytest.approx(len(scales) + 2)
+
+
+def test_the_regularisers_weight_comes_log_linearly_from_its_start():
+    settings = {"steps": 1, "batch": 1, "learning_rate": 1.0, "spectral": 0.01}
+    assert spectral_weight(TrainOptions(**settings), 0.3) == pytest.approx(0.01)
+    annealed = TrainOptions(**settings, spectral_start=10.0)
+    assert [spectral_weight(annealed, w) for w in (0, 1 / 3, 1)] == pytest.approx([10, 1, 0.01])
