@@ -15,7 +15,7 @@ Both tend to the energy-based prior's value as N and M grow.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
@@ -70,17 +70,23 @@ class Pool:
     """
 
     log_r: Tensor  # (samples,)
+    _sums: dict[int, Tensor] = field(default_factory=dict)
+
+    def _block_sums(self, count: int) -> Tensor:
+        """log Σ r over each block of ``count`` samples, shape (blocks,)."""
+        if count not in self._sums:
+            self._sums[count] = self.log_r[: len(self.log_r) // count * count].double().view(-1, count).logsumexp(1).float()
+        return self._sums[count]
 
     def log_sums(self, count: int, rows: Sequence[int], repeats: int) -> Tensor:
         """log Σ r over a block of ``count`` samples, for every (repeat, row): shape (repeats x rows,), repeat-major."""
-        blocks = len(self.log_r) // count
-        sums = self.log_r[: blocks * count].view(blocks, count).logsumexp(1)
+        sums = self._block_sums(count)
         position = torch.tensor(rows)[None] * repeats + torch.arange(repeats)[:, None]
-        return sums[(position % blocks).flatten().to(sums.device)]
+        return sums[(position % len(sums)).flatten().to(sums.device)]
 
     def error(self, count: int) -> float:
         """Standard error, nats, of the mean over blocks of ``count`` samples of log Σ r: one for all examples."""
-        sums = self.log_r[: len(self.log_r) // count * count].double().view(-1, count).logsumexp(1)
+        sums = self._block_sums(count)
         between = (sums.std() / math.sqrt(len(sums))).item() if len(sums) >= SOME_BLOCKS else 0.0
         log_sum, log_sum_squares = self.log_r.double().logsumexp(0), (2 * self.log_r.double()).logsumexp(0)
         inverse_ess = (log_sum_squares - 2 * log_sum).exp().item()  # delta method, for blocks too few to be compared

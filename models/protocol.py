@@ -33,6 +33,10 @@ class Likelihood(Distribution, ABC):
 
     mean: Tensor  # (batch, *data shape)
 
+    @abstractmethod
+    def tempered(self, temperature: float) -> "Likelihood":
+        """The same, its spread scaled by ``temperature``."""
+
 
 class HierarchicalVAE(nn.Module, ABC):
     """A variational autoencoder with K ordered groups of latent variables."""
@@ -75,6 +79,38 @@ class HierarchicalVAE(nn.Module, ABC):
 
         descend(self, 1, choose)
         return found
+
+
+class Tempered(HierarchicalVAE):
+    """Another model at a temperature: the standard deviations of its base priors, and its likelihood's spread, scaled."""
+
+    def __init__(self, model: HierarchicalVAE, temperature: float):
+        super().__init__()
+        self.model, self.temperature, self.groups = model, temperature, model.groups
+
+    def encode(self, x: Tensor) -> Sequence[Tensor]:
+        """The model's own."""
+        return self.model.encode(x)
+
+    def start(self, batch: int) -> Tensor:
+        """The model's own."""
+        return self.model.start(batch)
+
+    def prior(self, k: int, context: Tensor) -> DiagonalNormal:
+        """The model's, its standard deviation times the temperature."""
+        return self.model.prior(k, context).tempered(self.temperature)
+
+    def posterior(self, k: int, context: Tensor, features: Sequence[Tensor]) -> DiagonalNormal:
+        """The model's own."""
+        return self.model.posterior(k, context, features)
+
+    def advance(self, k: int, context: Tensor, z: Tensor) -> Tensor:
+        """The model's own."""
+        return self.model.advance(k, context, z)
+
+    def decode(self, context: Tensor) -> Likelihood:
+        """The model's, tempered."""
+        return self.model.decode(context).tempered(self.temperature)
 
 
 Choose = Callable[[int, Tensor], Tensor]

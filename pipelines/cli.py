@@ -109,6 +109,13 @@ def evaluate(
 
 
 @app.command()
+def publish(experiment: Name) -> None:
+    """Write small copies of the trained files to pretrained/; sampling and measuring work from them."""
+    paths = _pipeline().publish(experiment)
+    typer.echo(f"{len(paths)} files, {sum(path.stat().st_size for path in paths) / 1e6:.1f} MB, in {paths[0].parents[1]}")
+
+
+@app.command()
 def report() -> None:
     """Gather the experiments' tables into reports/, with tables and figures for people."""
     for path in _pipeline().report():

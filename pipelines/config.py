@@ -12,6 +12,7 @@ from metrics.features import NETWORKS
 from metrics.likelihood import LikelihoodOptions
 from models.registry import MODELS
 from models.trainer import TrainOptions
+from priors.protocol import GroupPrior
 from priors.registry import PRIORS
 from priors.samplers import SAMPLERS
 from priors.sampling import Decoding
@@ -44,11 +45,18 @@ else:
 
 
 class SampleOptions(Options):
-    """``images``: how many to draw with every prior and sampler; ``batch``: at a time; ``decoding``: mean or sample."""
+    """How samples are drawn.
+
+    ``images``: how many with every prior and sampler; ``batch``: at a time; ``decoding``: mean or sample. ``temperature``:
+    scales the standard deviations of the base priors; numbers are to be compared at 1. ``readjust``: passes of sampling from
+    which the batch norms' statistics are gathered anew.
+    """
 
     images: Annotated[int, Field(ge=2)]
     batch: Count
     decoding: Decoding
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    readjust: Annotated[int, Field(ge=0)] = 0
 
 
 class EvaluateOptions(Options):
@@ -100,6 +108,8 @@ class Experiment(Options):
             why = SAMPLERS[self.samplers[sampler].method](self.samplers[sampler]).refuses(PRIORS[prior.method].exact)
             if why is not None:
                 raise ValueError(f"priors.{name}.samplers: {sampler!r} does not fit: {why}")
+        if self.sample.temperature != 1 and PRIORS[prior.method].base is not GroupPrior.base:
+            raise ValueError(f"sample.temperature: {name!r} brings a density of its own, which has no temperature")
         if prior.base is not None:
             base = self.priors.get(prior.base)
             if base is None or list(self.priors).index(prior.base) >= list(self.priors).index(name):

@@ -126,7 +126,7 @@ class Evaluation:
             return
         exact = {name: prior for name, prior in priors.items() if prior.exact}
         yield from self._likelihood_rows(self._measured("likelihood", exact, {}, limit), {}, options.samples)
-        few = min(options.corrected.examples, *limits)
+        few = min([options.corrected.examples, *limits])
         measured = self._measured("corrected", priors, pools, few)
         apart = {key: values for key, values in measured.items() if key.split("/")[0] in pools or key == BASELINE}
         for row in self._likelihood_rows(apart, pools, options.corrected.samples):
@@ -214,7 +214,9 @@ class Evaluation:
             yield self._row(prior, "modes-hit", modes.modes_hit(x, truth.means, truth.sigma), 0.0, len(x))
         if at.experiment.evaluate.features is not None:
             network, reference = self._network, self._reference
-            name = f"{network.name}@{network.digest[:8]}; {at.experiment.sample.decoding} decoding"
+            settings = at.experiment.sample
+            cold = f"; temperature {settings.temperature:g}" if settings.temperature != 1 else ""
+            name = f"{network.name}@{network.digest[:8]}; {settings.decoding} decoding{cold}"
             ours = network(x)
             for metric, measure in (("fid", frechet.fid), ("kid", kid.kid)):
                 value, stderr = measure(ours, reference, at.seed)

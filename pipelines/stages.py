@@ -15,6 +15,7 @@ from pipelines.fanout import Machine, Task
 from pipelines.work import Seeded, prior_task, sample_task, vae_task
 from pipelines.workspace import Workspace
 from priors.samplers import ESS_FLOOR, SAMPLERS
+from runtime import checkpoints
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,19 @@ class Pipeline:
             )
         tracking.record(self.root, "sample", name, runs, {"sample": plain(experiment.sample)})
 
+    def publish(self, name: str) -> list[Path]:
+        """Write small copies of an experiment's trained files, to be kept under version control. Returns their paths."""
+        experiment, seeds = self._seeds(name)
+        files = {self.workspace.vae(name, at.vae_seed) for at in seeds} | {
+            self.workspace.prior(name, prior, at.seed, k)
+            for prior in experiment.priors
+            for at in seeds
+            for k in range(at.vae.groups)
+        }
+        for path in files:
+            checkpoints.publish(path, self.workspace.published(path))
+        return sorted(self.workspace.published(path) for path in files)
+
     def evaluate(self, name: str, examples: int | None = None) -> Path:
         """Measure everything; the rows go to the experiment's own table.
 
@@ -126,6 +140,8 @@ class Pipeline:
             The table's path.
         """
         experiment, seeds = self._seeds(name)
+        if not self.workspace.data(name).exists():
+            self.fetch(name)  # published files can be measured right after a clone
         if experiment.evaluate.features is not None:
             self._run("features", name, [Task("feature network", features_task, {"at": seeds[0].fresh()})])
         tasks = [

@@ -15,14 +15,14 @@ from torch import Tensor
 from datasets import dataset as data
 from datasets.registry import spec
 from models import registry as models
-from models.protocol import HierarchicalVAE
+from models.protocol import HierarchicalVAE, Tempered
 from models.trainer import train_vae
 from pipelines.config import Config, Experiment, plain, validate
 from pipelines.workspace import Workspace
 from priors.protocol import GroupPrior, Prior
 from priors.registry import PRIORS
 from priors.samplers import ESS_FLOOR, SAMPLERS
-from priors.sampling import draw
+from priors.sampling import draw, readjusted
 from priors.trainer import Slot, learn
 from runtime import checkpoints, hardware
 from runtime.blocks import in_blocks
@@ -81,17 +81,29 @@ class Seeded:
         shared = self.experiment.vae_seed
         return self.seed if shared is None else shared
 
+    def _here(self, path: Path) -> Path:
+        """A file under artifacts, or its published copy where only that exists."""
+        copy = self.workspace.published(path)
+        return copy if copy.exists() and not path.exists() else path
+
     def vae_identity(self) -> Identity:
         """What the VAE is made from."""
         options = self.experiment.model
         config = {
-            "dataset": {"name": self.experiment.dataset, "digest": self.dataset.digest},
+            "dataset": {"name": self.experiment.dataset, "digest": self._dataset_digest()},
             "model": plain(options),
             "train": plain(self.experiment.train),
             "seed": self.vae_seed,
         }
         source = source_digest("models.trainer", models.MODELS[options.name].__module__)
         return Identity(self.name, self.vae_seed, config, source)
+
+    def _dataset_digest(self) -> str:
+        """Of the data set here; a published VAE can do without it, and is then taken at its word."""
+        path = self._here(self.workspace.vae(self.name, self.vae_seed))
+        if self.workspace.data(self.name).exists() or path.is_relative_to(self.workspace.artifacts(self.name)):
+            return self.dataset.digest
+        return checkpoints.load(path, "")[1]["config"]["dataset"]["digest"]
 
     def new_vae(self) -> HierarchicalVAE:
         """The VAE before training."""
@@ -100,7 +112,7 @@ class Seeded:
 
     @cached_property
     def _stored_vae(self) -> tuple[HierarchicalVAE, dict[str, Any]]:
-        path = self.workspace.vae(self.name, self.vae_seed)
+        path = self._here(self.workspace.vae(self.name, self.vae_seed))
         tensors, document = checkpoints.load_verified(path, self.vae_identity(), f"priorhole train-vae {self.name}")
         model = self.new_vae()
         checkpoints.restore(model, tensors, path)
@@ -116,12 +128,16 @@ class Seeded:
         """The trained VAE's metadata."""
         return self._stored_vae[1]
 
-    def prior_identity(self, prior: str, k: int) -> Identity:
-        """What group k of a prior is made from."""
+    def prior_identity(self, prior: str, k: int, published: bool = False) -> Identity:
+        """What group k of a prior is made from; if ``published``, from originals of which small copies are here."""
         options = self.experiment.priors[prior]
-        base = {} if options.base is None else {"base digest": self.prior_document(options.base, k)["digest"]}
+
+        def digest(document: dict[str, Any]) -> str:
+            return document.get("original", document["digest"]) if published else document["digest"]
+
+        base = {} if options.base is None else {"base digest": digest(self.prior_document(options.base, k))}
         config = {
-            "vae digest": self.vae_document["digest"],
+            "vae digest": digest(self.vae_document),
             "prior": plain(options, "samplers"),
             "group": k,
             "seed": self.seed,
@@ -137,8 +153,8 @@ class Seeded:
 
     def _stored_group(self, prior: str, k: int) -> tuple[GroupPrior, dict[str, Any]]:
         if (prior, k) not in self._groups:
-            path = self.workspace.prior(self.name, prior, self.seed, k)
-            identity = self.prior_identity(prior, k)
+            path = self._here(self.workspace.prior(self.name, prior, self.seed, k))
+            identity = self.prior_identity(prior, k, published=not path.is_relative_to(self.workspace.artifacts(self.name)))
             tensors, document = checkpoints.load_verified(path, identity, f"priorhole train-prior {self.name}")
             group = self.new_group(prior, k)
             checkpoints.restore(group, tensors, path)
@@ -156,11 +172,15 @@ class Seeded:
             return self.prior(base)
         return Prior(self.vae, [GroupPrior(GroupPrior.Options(), group) for group in self.vae.layout()])
 
-    def prior(self, prior: str) -> Prior:
-        """A learned prior, all groups. Raises UserError if a group is missing or of another configuration."""
-        groups = [self._stored_group(prior, k)[0] for k in range(self.vae.groups)]
+    def prior(self, prior: str, model: HierarchicalVAE | None = None) -> Prior:
+        """A learned prior, all groups, over the VAE or a variant of it.
+
+        Raises UserError if a group is missing or of another configuration.
+        """
+        model = model or self.vae
+        groups = [self._stored_group(prior, k)[0] for k in range(model.groups)]
         base = self.experiment.priors[prior].base
-        return Prior(self.vae, groups, None if base is None else self.prior(base))
+        return Prior(model, groups, None if base is None else self.prior(base, model))
 
     def draws(self) -> list[tuple[str, str]]:
         """Every (prior, sampler) that the experiment draws samples with."""
@@ -173,7 +193,7 @@ class Seeded:
             "vae digest": self.vae_document["digest"],
             "prior digests": [self.prior_document(prior, k)["digest"] for k in range(self.vae.groups)],
             "sampler": plain(options),
-            "sample": plain(self.experiment.sample, "batch"),
+            "sample": plain(self.experiment.sample, *(() if self.experiment.sample.readjust else ("batch",))),
             "seed": self.seed,
         }
         method = PRIORS[self.experiment.priors[prior].method]
@@ -214,13 +234,17 @@ def sample_task(report: Report, at: Seeded, prior: str, sampler: str) -> dict[st
     """
     path, options = at.workspace.samples(at.name, prior, sampler, at.seed), at.experiment.samplers[sampler]
     with exclusive(at.workspace.locks, f"{at.name}/samples/{prior}+{sampler}/seed-{at.seed}"):
-        learned, by = at.prior(prior), SAMPLERS[options.method](options)
+        settings, by = at.experiment.sample, SAMPLERS[options.method](options)
+        model = at.vae if settings.temperature == 1 else Tempered(at.vae, settings.temperature)
+        if settings.readjust:
+            model = readjusted(model, lambda one: at.prior(prior, one), by, settings.readjust, settings.batch, at.seed)
+        learned = at.prior(prior, model)
 
         def compute(rows: range) -> dict[str, Tensor]:
-            return draw(at.vae, learned, by, rows, at.seed, at.experiment.sample.decoding)
+            return draw(model, learned, by, rows, at.seed, settings.decoding)
 
-        total, batch = at.experiment.sample.images, at.experiment.sample.batch
-        drawn = in_blocks(path, at.samples_identity(prior, sampler), total, batch, compute, report)
+        identity = at.samples_identity(prior, sampler)
+        drawn = in_blocks(path, identity, settings.images, settings.batch, compute, report)
     return under_floor(drawn)
 
 

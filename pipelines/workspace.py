@@ -53,6 +53,10 @@ class Workspace:
         """All that is made for an experiment."""
         return self.root / "artifacts" / experiment
 
+    def published(self, path: Path) -> Path:
+        """The small copy, kept under version control, of a file under artifacts."""
+        return self.root / "pretrained" / path.relative_to(self.root / "artifacts")
+
     def vae(self, experiment: str, seed: int) -> Path:
         """The trained VAE."""
         return self.artifacts(experiment) / "vae" / f"seed-{seed}.safetensors"

@@ -1,9 +1,11 @@
 """Draw whole images: the top-down pass with a sampler in charge of every group."""
 
+import copy
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.protocol import HierarchicalVAE, LearnedPrior, descend
 from priors.samplers import Sampler
@@ -14,7 +16,13 @@ Decoding = Literal["mean", "sample"]
 
 @torch.no_grad()
 def draw(
-    model: HierarchicalVAE, prior: LearnedPrior, sampler: Sampler, rows: range, seed: int, decoding: Decoding
+    model: HierarchicalVAE,
+    prior: LearnedPrior,
+    sampler: Sampler,
+    rows: range,
+    seed: int,
+    decoding: Decoding,
+    purpose: str = "sample",
 ) -> dict[str, Tensor]:
     """Draw some examples of the generative model with a learned prior.
 
@@ -24,6 +32,7 @@ def draw(
         rows: indices of the examples; row i is the same whatever batch it is drawn in.
         seed: with the row's index, determines the draw.
         decoding: the decoder's ``mean``, or a ``sample`` of p(x | z).
+        purpose: names the draws too.
 
     Returns:
         ``x`` (rows, *data shape), and for every group k ``z/k00``, ``ess/k00``, ``proposals/k00``, ``acceptance/k00``.
@@ -33,12 +42,41 @@ def draw(
 
     def choose(k: int, context: Tensor) -> Tensor:
         drawn = sampler.draw(
-            prior, k, context, lambda purpose: Noise(seed, f"sample-{purpose}", k, rows=rows, device=device)
+            prior, k, context, lambda stream: Noise(seed, f"{purpose}-{stream}", k, rows=rows, device=device)
         )
         for name, value in vars(drawn).items():
             found[f"{name}/k{k:02d}"] = value
         return drawn.z
 
     decoded = model.decode(descend(model, len(rows), choose))
-    noise = Noise(seed, "sample-decoder", rows=rows, device=device)
+    noise = Noise(seed, f"{purpose}-decoder", rows=rows, device=device)
     return {"x": decoded.mean if decoding == "mean" else decoded.draw(noise)} | found
+
+
+def readjusted(
+    model: HierarchicalVAE,
+    prior: Callable[[HierarchicalVAE], LearnedPrior],
+    sampler: Sampler,
+    passes: int,
+    batch: int,
+    seed: int,
+) -> HierarchicalVAE:
+    """A copy of a model whose batch-norm statistics are those of its own samples (NVAE, section 4).
+
+    Statistics were gathered while reconstructing. At a low temperature samples differ from that, and the statistics with
+    them.
+
+    Args:
+        model: the VAE, frozen, in eval mode.
+        prior: makes the prior for a model.
+        sampler: draws the samples.
+        passes, batch: how many batches are drawn, and how many images each.
+        seed: names the draws.
+    """
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.train()
+    for step in range(passes):
+        draw(model, prior(model), sampler, range(step * batch, (step + 1) * batch), seed, "mean", "readjust")
+    return model.eval()

@@ -102,6 +102,23 @@ def load_current(path: Path, identity: Identity) -> tuple[dict[str, Tensor], dic
     return (tensors, document) if document["source"] == identity.source else None
 
 
+def publish(path: Path, copy: Path) -> None:
+    """Write a small copy of a finished checkpoint: matrices and filters in half precision, the rest as it is.
+
+    Args:
+        path: the checkpoint.
+        copy: where to. Its metadata keep, under ``original``, the digest of what it was made from.
+
+    Raises:
+        UserError: the checkpoint is missing or corrupt, or the copy cannot be written.
+    """
+    tensors, document = load(path, "the stage that makes it")
+    small = {name: tensor.half() if tensor.dim() >= 2 else tensor for name, tensor in tensors.items()}
+    identity = Identity(document["experiment"], document["seed"], document["config"], document["source"])
+    known = {"step", "seconds", "history", "held_out"} & document.keys()
+    save(copy, small, identity, original=document["digest"], **{name: document[name] for name in known})
+
+
 def restore(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Load tensors into a module, strictly. Raises UserError if names or shapes do not match."""
     try:

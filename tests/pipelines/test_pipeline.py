@@ -1,6 +1,7 @@
 """The stages from end to end: same seed, same numbers, however the work was split or interrupted."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,3 +224,61 @@ def test_runs_are_mirrored_into_mlflow_and_its_failure_is_a_warning(checkout, mo
     capsys.readouterr()
     Pipeline(checkout).train_vae("flat")
     assert capsys.readouterr().err.startswith("warning: this stage was not recorded in MLflow")
+
+
+def test_published_copies_serve_sampling_and_measuring_right_after_a_clone(checkout, tmp_path_factory, monkeypatch):
+    pipeline = Pipeline(checkout)
+    for stage in ("fetch", "train_vae", "train_prior"):
+        getattr(pipeline, stage)("flat")
+    paths = pipeline.publish("flat")
+    assert len(paths) == 2 + 2 * 4
+    assert {checkpoints.load(path, "")[0]["decoder.0.weight"].dtype for path in paths if "/vae/" in str(path)} == {
+        torch.float16
+    }
+    clone = tmp_path_factory.mktemp("clone")
+    shutil.copytree(checkout / "pretrained", clone / "pretrained")
+    shutil.copy(checkout / "params.yaml", clone)
+    monkeypatch.chdir(clone)
+    copy = Pipeline(clone)
+    copy.sample("flat")
+    assert not (clone / "data").exists()
+    table = results.read(copy.evaluate("flat", 10), "")
+    assert (table[(table.metric == "loglik") & (table.prior != "data")].n == 10).all()
+    assert not (clone / "artifacts" / "flat" / "evaluation" / "results.csv").exists()
+    # A prior that is learned on a copy is not the one that was learned on the original.
+    copy.train_prior("flat")
+    at = Seeded(tiny(), "flat", 0, clone)
+    assert at.prior_identity("ncp", 0) != at.prior_identity("ncp", 0, published=True)
+    # A copy of another configuration is refused.
+    params = tiny()
+    params["experiments"]["flat"]["model"]["width"] = 8
+    write_params(clone, params)
+    with pytest.raises(UserError, match="another configuration"):
+        copy.sample("flat")
+
+
+def test_one_vae_can_serve_every_seed(checkout):
+    params = tiny()
+    params["experiments"]["flat"]["vae_seed"] = 5
+    write_params(checkout, params)
+    pipeline = Pipeline(checkout)
+    for stage in ("fetch", "train_vae", "train_prior"):
+        getattr(pipeline, stage)("flat")
+    assert [path.name for path in (checkout / "artifacts" / "flat" / "vae").iterdir()] == ["seed-5.safetensors"]
+    first, second = weights(checkout, "flat/priors/ncp/seed-*/*.safetensors").values()
+    assert not torch.equal(first["classifier.see_z.weight"], second["classifier.see_z.weight"])
+
+
+def test_priors_with_a_normaliser_can_be_measured_on_fewer_examples(checkout):
+    params = tiny()
+    params["experiments"]["deep"]["evaluate"]["likelihood"]["corrected"] = {"examples": 12, "samples": 2}
+    write_params(checkout, params)
+    pipeline = Pipeline(checkout)
+    for stage in STAGES[:-1]:
+        getattr(pipeline, stage)("deep")
+    table = results.read(pipeline.evaluate("deep"), "")
+    assert set(table[table.metric == "loglik"].n) == {30}
+    corrected = table[table.metric.str.match("loglik-(plugin|sampler|gain)|nce-loss|log-z")]
+    assert set(corrected.n) == {12}
+    assert set(corrected[corrected.metric.str.startswith("loglik")].features) == {"2 importance samples"}
+    assert set(table[table.metric.str.startswith("kl/")].prior) == {"normal"}

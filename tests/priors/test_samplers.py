@@ -152,3 +152,48 @@ def test_ancestral_draws_a_mixture_with_its_weights():
 def test_ancestral_refuses_a_prior_that_corrects():
     assert "sir or langevin" in Ancestral(Ancestral.Options()).refuses(exact=False)
     assert Ancestral(Ancestral.Options()).refuses(exact=True) is None
+
+
+def test_a_temperature_narrows_the_base_and_leaves_the_ratio(tmp_path):
+    from models.mlp import MLPVAE
+    from models.protocol import Tempered
+
+    torch.manual_seed(0)
+    model = MLPVAE(MLPVAE.Options(latents=2, width=8, likelihood="normal", initial_std=0.5), (2,))
+    cold = Tempered(model, 0.5)
+    context = cold.start(3)
+    assert torch.equal(cold.prior(0, context).variance, 0.25 * model.prior(0, context).variance)
+    z = torch.randn(3, 2)
+    assert torch.equal(cold.decode(z).mean, model.decode(z).mean)
+    assert torch.allclose(cold.decode(z).variance, 0.25 * model.decode(z).variance)
+    assert torch.equal(cold.posterior(0, context, cold.encode(z)).mean, model.posterior(0, context, model.encode(z)).mean)
+
+
+def test_readjusting_gathers_the_statistics_of_the_models_own_samples():
+    from models.nvae import NVAE
+    from models.protocol import Tempered
+    from priors.protocol import GroupPrior, Prior
+    from priors.sampling import draw, readjusted
+
+    torch.manual_seed(0)
+    model = NVAE(NVAE.Options(groups_per_scale=[2], latent_channels=1, width=8, halvings=1, cells=1), (1, 8, 8)).eval()
+    model = Tempered(model.requires_grad_(False), 0.3)
+
+    def prior(one):
+        return Prior(one, [GroupPrior(GroupPrior.Options(), group) for group in model.layout()])
+
+    sampler = Ancestral(Ancestral.Options())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    adjusted = readjusted(model, prior, sampler, 100, 10, 0)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    moved = {name for name, value in adjusted.state_dict().items() if not torch.equal(before[name], value)}
+    assert moved
+    assert all("running" in name or "num_batches" in name for name in moved)
+    assert all("bottom_up" not in name and "stem" not in name for name in moved)  # samples are never encoded
+    # The top-down cells' first batch norm now sees samples with about the statistics that it holds.
+    seen = []
+    first = adjusted.model.top_down[0][0].body[1]
+    first.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    draw(adjusted, prior(adjusted), sampler, range(500), 1, "mean")
+    assert torch.allclose(seen[0].mean((0, 2, 3)), first.running_mean, atol=0.1)
+    assert torch.allclose(seen[0].var((0, 2, 3)), first.running_var, rtol=0.3, atol=0.01)
