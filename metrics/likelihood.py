@@ -144,14 +144,15 @@ def log_likelihoods(
 
     Returns:
         Tensors (rows,), nats: ``NAME`` for an exact prior; for a corrected one ``NAME/plugin/N``, ``NAME/sampler/M``, and
-        ``NAME/log-z/k00/N`` … (mean over the example's posterior samples of log Ẑ_k).
+        ``NAME/log-z/k00/N`` … (mean over the example's posterior samples of log Ẑ_k) and ``NAME/elbo-gain/k00`` … (the
+        like mean of log r − log normaliser of SIR with the most proposals: what the group adds to the ELBO).
     """
     device, S, marks = x.device, options.samples, _marks(options)
     features = [feature.repeat(S, *[1] * (feature.dim() - 1)) for feature in model.encode(x)]
     log_q = x.new_zeros(S * len(x))
     log_base = {name: torch.zeros_like(log_q) for name in priors}
     log_norm: dict[str, Tensor] = {}
-    log_z: dict[str, Tensor] = {}
+    by_group: dict[str, Tensor] = {}
 
     def stream(purpose: str, k: int) -> Noise:
         return Noise(seed, f"likelihood-{purpose}", k, rows=rows, repeats=S, device=device)
@@ -173,7 +174,9 @@ def log_likelihoods(
                 )
                 _add_normalisers(name, sums, log_r, options, log_norm)
                 for n in options.normaliser:
-                    log_z[f"{name}/log-z/k{k:02d}/{n}"] = (sums[n] - math.log(n)).view(S, -1).mean(0)
+                    by_group[f"{name}/log-z/k{k:02d}/{n}"] = (sums[n] - math.log(n)).view(S, -1).mean(0)
+                gain = log_r - _sampler_normaliser(sums, log_r, max(options.proposals))
+                by_group[f"{name}/elbo-gain/k{k:02d}"] = gain.view(S, -1).mean(0)
         return z
 
     decoded = model.decode(descend(model, S * len(x), choose))
@@ -184,7 +187,12 @@ def log_likelihoods(
 
     exact = {name: importance_weighted(log_base[name]) for name, prior in priors.items() if prior.exact}
     corrected = {key: importance_weighted(log_base[key.split("/")[0]] - norm) for key, norm in log_norm.items()}
-    return exact | corrected | log_z
+    return exact | corrected | by_group
+
+
+def _sampler_normaliser(sums: Mapping[int, Tensor], log_r: Tensor, m: int) -> Tensor:
+    """log of the mean of r over z itself and m − 1 base samples."""
+    return (torch.logaddexp(log_r, sums[m - 1]) if m > 1 else log_r) - math.log(m)
 
 
 def _add_normalisers(
@@ -192,9 +200,7 @@ def _add_normalisers(
 ) -> None:
     """Add this group's log normalisers to the running sums over groups, one for each N and each M."""
     terms = {f"{name}/plugin/{n}": sums[n] - math.log(n) for n in options.normaliser}
-    for m in options.proposals:
-        total = torch.logaddexp(log_r, sums[m - 1]) if m > 1 else log_r
-        terms[f"{name}/sampler/{m}"] = total - math.log(m)
+    terms |= {f"{name}/sampler/{m}": _sampler_normaliser(sums, log_r, m) for m in options.proposals}
     for key, term in terms.items():
         log_norm[key] = log_norm.get(key, 0) + term
 

@@ -142,8 +142,9 @@ class Evaluation:
                 continue
             kind, _, detail = what.partition("/")
             value, stderr, n = mean_and_error(values)
-            if kind in ("nce-loss", "kl"):
-                yield self._row(prior, what, value, stderr, n)
+            if kind in ("nce-loss", "kl", "elbo-gain"):
+                shared = pools[prior].error(max(options.proposals)) if what == "elbo-gain/k00" else 0.0
+                yield self._row(prior, what, value, math.hypot(stderr, shared), n)
                 continue
             if kind == "log-z":
                 group, _, count = detail.partition("/")

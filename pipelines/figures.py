@@ -38,10 +38,15 @@ def of_results(frame: pd.DataFrame, folder: Path) -> Iterator[Path]:
         The paths written.
     """
     for experiment, own in frame.groupby("experiment"):
-        for name, draw in {"convergence": _convergence, "nce-ess": _nce_against_ess}.items():
+        drawings = {"convergence": _convergence, "nce-ess": _nce_against_ess, "groups": _by_group}
+        for name, draw in drawings.items():
             figure = draw(str(experiment), own)
             if figure is not None:
                 yield _save(figure, folder / f"{experiment}-{name}.png")
+    for dataset, own in frame.groupby("dataset"):
+        figure = _gain_against_base(str(dataset), own)
+        if figure is not None:
+            yield _save(figure, folder / f"{dataset}-gain.png")
 
 
 def of_artifacts(at: Seeded, folder: Path) -> Iterator[Path]:
@@ -92,7 +97,7 @@ def _convergence(experiment: str, frame: pd.DataFrame) -> Figure | None:
     plugin = curves.metric.str.startswith("loglik-plugin")
     text = curves.metric.where(plugin, curves.sampler).str.extract(r"(\d+)$")[0]
     curves["count"], curves["kind"] = text.astype(int), np.where(plugin, "plug-in, N", "sampler bound, M")
-    figure, (axis, below) = _panels(2, 5.0)
+    figure, (axis, below, apart) = _panels(3, 5.0)
     for (prior, kind), curve in curves.groupby(["prior", "kind"]):
         ordered = curve.sort_values("count")
         axis.errorbar(ordered["count"], ordered.value, ordered.interval, marker="o", capsize=3, label=f"{prior}: {kind}")
@@ -115,6 +120,55 @@ def _convergence(experiment: str, frame: pd.DataFrame) -> Figure | None:
         )
     below.set(xscale="log", xlabel="base samples per context, N", ylabel="log Ẑ (nats)", title=experiment)
     below.legend(fontsize=8)
+    for prior, own in curves.groupby("prior"):
+        # The same count stands for N and for M; the two must meet.
+        value = own.pivot_table(index="count", columns="kind", values="value").dropna()
+        if len(value):
+            apart.plot(value.index, value["plug-in, N"] - value["sampler bound, M"], marker="o", label=str(prior))
+    apart.axhline(0, linewidth=1, color="0.5")
+    apart.set(xscale="log", xlabel="N = M", ylabel="plug-in − sampler bound (nats)", title=experiment)
+    apart.legend(fontsize=8)
+    return figure
+
+
+def _by_group(experiment: str, frame: pd.DataFrame) -> Figure | None:
+    """Group by group: the KL, what each correction adds to the ELBO, and the MMD of what is drawn; several groups only."""
+    by_group = frame.assign(group=frame.metric.str.extract(r"/(k\d\d)$")[0]).dropna(subset="group")
+    if by_group.group.nunique() < 2:
+        return None
+    figure, axes = _panels(3, 5.0)
+    panels = {"kl": "KL(q || p) (nats)", "elbo-gain": "gain in ELBO (nats)", "mmd2": "squared MMD to q(z)"}
+    for axis, (metric, label) in zip(axes, panels.items(), strict=True):
+        own = by_group[by_group.metric.str.startswith(f"{metric}/")]
+        for (prior, sampler), points in own.groupby(["prior", "sampler"]):
+            ordered = points.sort_values("group")
+            name = f"{prior} by {sampler}" if sampler else prior
+            axis.errorbar(ordered.group, ordered.value, ordered.interval, marker="o", capsize=3, label=name)
+        axis.set(xlabel="group", ylabel=label, title=experiment)
+        if len(own):
+            axis.legend(fontsize=8)
+    return figure
+
+
+def _gain_against_base(dataset: str, frame: pd.DataFrame) -> Figure | None:
+    """What a corrected prior gains, against how good the base is: a point per experiment and prior."""
+    bases = frame[(frame.metric == "loglik") & (frame.prior == "normal")].set_index("experiment")
+    gains = frame[frame.metric == "loglik-gain-sampler"].copy()
+    gains["count"] = gains.sampler.str.extract(r"(\d+)$")[0].astype(int)
+    most = gains.sort_values("count").groupby(["experiment", "prior"]).tail(1)
+    most = most[most.experiment.isin(bases.index)]
+    if most.experiment.nunique() < 2:
+        return None
+    figure, (axis,) = _panels(1, 6.0)
+    for prior, points in most.groupby("prior"):
+        base = bases.loc[points.experiment]
+        axis.errorbar(base.value.to_numpy(), points.value, points.interval, base.interval.to_numpy(), "o", capsize=3, label=prior)
+    for experiment in most.experiment.unique():
+        top = most[most.experiment == experiment].value.max()
+        axis.annotate(experiment, (bases.value[experiment], top), fontsize=8, xytext=(4, 6), textcoords="offset points")
+    axis.axhline(0, linewidth=1, color="0.5")
+    axis.set(xlabel="log-likelihood of the base (nats)", ylabel="gain, sampler bound (nats)", title=dataset)
+    axis.legend(fontsize=8)
     return figure
 
 
@@ -137,6 +191,12 @@ def _nce_against_ess(experiment: str, frame: pd.DataFrame) -> Figure | None:
             capsize=3,
             label=f"{prior} by {sampler}",
         )
+    points = both.dropna(subset=["value_loss", "value_ess"])
+    if len(points) > 2:
+        from scipy import stats
+
+        rank = stats.spearmanr(points.value_loss, points.value_ess)
+        experiment += f": Spearman {rank.statistic:.2f}, p = {rank.pvalue:.1g}"
     axis.axvline(2 * np.log(2), linestyle=":", color="0.5")
     axis.annotate("chance", (2 * np.log(2), 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, ha="right")
     axis.set(yscale="log", xlabel="NCE loss (nats)", ylabel="ESS / M", title=experiment)

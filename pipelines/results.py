@@ -30,6 +30,7 @@ METRICS: dict[str, Metric] = {
     r"loglik-sampler": Metric("nats", "higher", "lower bound for the distribution that SIR with M proposals draws from"),
     r"loglik-gain(-sampler|-plugin(/N\d+)?)?": Metric("nats", "higher", "paired gain in log-likelihood over the base prior"),
     r"kl/k\d\d": Metric("nats", "", "KL(q || p) of a group under the model's own prior, test examples"),
+    r"elbo-gain/k\d\d": Metric("nats", "higher", "what a group's correction adds to the ELBO, SIR with the most proposals"),
     r"bits-per-dim": Metric("bits/dim", "lower", "negative log-likelihood per dimension"),
     r"ess-fraction/k\d\d": Metric("", "higher", "effective sample size as a fraction of M, or of a chain's states"),
     r"ess-floor-share/k\d\d": Metric("", "lower", "share of images with an effective sample size under 10"),
