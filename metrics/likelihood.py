@@ -33,7 +33,7 @@ SOME_BLOCKS = 8
 Count = Annotated[int, Field(ge=1)]
 
 
-class CorrectedOptions(Options):
+class GainOptions(Options):
     """A smaller measurement, where normalisers are dear: on the first ``examples``, with ``samples`` each."""
 
     examples: Count
@@ -45,15 +45,15 @@ class LikelihoodOptions(Options):
 
     ``samples``: S, importance samples per example. ``normaliser``: the numbers N of base samples per context at which the
     plug-in is read off. ``proposals``: the numbers M of SIR proposals at which the sampler bound is read off. ``pool``: base
-    samples of the first group, whose context all examples share. ``corrected``: the measurement of priors with a normaliser,
-    and of their gains; like the others' if absent.
+    samples of the first group, whose context all examples share. ``gains``: the measurement of every prior but the model's
+    own, and of its gain over that one; if absent, all are measured alike.
     """
 
     samples: Count
     normaliser: list[Count]
     proposals: list[Count]
     pool: Count = 2**20
-    corrected: CorrectedOptions | None = None
+    gains: GainOptions | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "LikelihoodOptions":

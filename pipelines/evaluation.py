@@ -88,53 +88,56 @@ class Evaluation:
         of_samplers = {experiment.samplers[name].proposals for name in used if experiment.samplers[name].method == "sir"}
         return options.model_copy(update={"proposals": sorted({*options.proposals, *of_samplers})})
 
-    def _measured(self, name: str, priors: dict[str, Prior], pools: dict[str, Pool], limit: int | None) -> dict[str, Tensor]:
+    def _measured(
+        self, name: str, seed: int, priors: dict[str, Prior], pools: dict[str, Pool], options: LikelihoodOptions, limit: int
+    ) -> dict[str, Tensor]:
         """Per-example numbers of some priors, on the first ``limit`` test examples, kept on disk block by block.
 
         They are log-likelihoods, NCE losses of the priors that have a normaliser, and the model's KL terms.
         """
-        at, options = self.at, self._likelihood_options()
+        at = self.at
         examples = at.dataset.examples("test")[:limit]
-        if pools and options.corrected is not None:
-            options = options.model_copy(update={"samples": options.corrected.samples})
 
         def compute(rows: range) -> dict[str, Tensor]:
             x = examples[rows.start : rows.stop].to(hardware.device())
-            found = log_likelihoods(at.vae, priors, pools, x, rows, at.seed, options)
+            found = log_likelihoods(at.vae, priors, pools, x, rows, seed, options)
             for prior in pools:
-                losses = contrastive_losses(at.vae, priors[prior], x, rows, at.seed)
+                losses = contrastive_losses(at.vae, priors[prior], x, rows, seed)
                 found |= {f"{prior}/nce-loss/k{k:02d}": loss for k, loss in enumerate(losses)}
-            terms = divergences(at.vae, x, rows, at.seed)
+            terms = divergences(at.vae, x, rows, seed)
             return found | {f"{BASELINE}/kl/k{k:02d}": term for k, term in enumerate(terms)}
 
         digests = [at.prior_document(prior, k)["digest"] for prior in priors for k in range(at.vae.groups)]
         config = {"vae digest": at.vae_document["digest"], "prior digests": digests, "likelihood": plain(options)}
         methods = (PRIORS[at.experiment.priors[prior].method].__module__ for prior in priors)
         source = source_digest("metrics.likelihood", *methods)
-        identity = Identity(at.name, at.seed, config | {"examples": len(examples)}, source)
-        path = at.workspace.evaluation(at.name) / f"{name}-{len(examples)}-seed-{at.seed}.safetensors"
-        return in_blocks(path, identity, len(examples), at.experiment.evaluate.batch, compute, self.report)
+        identity = Identity(at.name, seed, config | {"examples": len(examples)}, source)
+        path = at.workspace.evaluation(at.name) / f"{name}-{len(examples)}-seed-{seed}.safetensors"
+        with exclusive(at.workspace.locks, f"{at.name}/{path.stem}"):
+            return in_blocks(path, identity, len(examples), at.experiment.evaluate.batch, compute, self.report)
 
     def _likelihoods(self) -> Iterator[Row]:
-        at, options = self.at, self.at.experiment.evaluate.likelihood
+        at, options = self.at, self._likelihood_options()
         priors = {name: at.prior(name) for name in at.experiment.priors}
+        limits = (self.examples, at.experiment.evaluate.examples, len(at.dataset.examples("test")))
+        limit = min(one for one in limits if one is not None)
+        if options.gains is not None:
+            # The model's own prior, in full, and the same for every seed that shares the VAE.
+            alone = options.model_copy(update={"gains": None, "normaliser": [1], "proposals": [1]})
+            found = self._measured("base", at.vae_seed, {BASELINE: priors[BASELINE]}, {}, alone, limit)
+            yield from self._likelihood_rows(found, {}, alone)
+            limit = min(limit, options.gains.examples)
+            options = options.model_copy(update={"samples": options.gains.samples})
         pools = {name: fill_pool(at.vae, prior, at.seed, options.pool) for name, prior in priors.items() if not prior.exact}
-        limits = [limit for limit in (self.examples, at.experiment.evaluate.examples) if limit is not None]
-        limit = min(limits, default=None)
-        if not pools or options.corrected is None:
-            yield from self._likelihood_rows(self._measured("likelihood", priors, pools, limit), pools, options.samples)
-            return
-        exact = {name: prior for name, prior in priors.items() if prior.exact}
-        yield from self._likelihood_rows(self._measured("likelihood", exact, {}, limit), {}, options.samples)
-        few = min([options.corrected.examples, *limits])
-        measured = self._measured("corrected", priors, pools, few)
-        apart = {key: values for key, values in measured.items() if key.split("/")[0] in pools or key == BASELINE}
-        for row in self._likelihood_rows(apart, pools, options.corrected.samples):
-            if row.prior in pools:
+        found = self._measured("likelihood", at.seed, priors, pools, options, limit)
+        for row in self._likelihood_rows(found, pools, options):
+            if row.prior != BASELINE or options.gains is None:
                 yield row
 
-    def _likelihood_rows(self, found: dict[str, Tensor], pools: dict[str, Pool], samples: int) -> Iterator[Row]:
-        options, how = self._likelihood_options(), f"{samples} importance samples"
+    def _likelihood_rows(
+        self, found: dict[str, Tensor], pools: dict[str, Pool], options: LikelihoodOptions
+    ) -> Iterator[Row]:
+        how = f"{options.samples} importance samples"
         samplers = {s.proposals: name for name, s in self.at.experiment.samplers.items() if s.method == "sir"}
         for key, values in found.items():
             prior, _, what = key.partition("/")

@@ -162,7 +162,9 @@ def _gain_against_base(dataset: str, frame: pd.DataFrame) -> Figure | None:
     figure, (axis,) = _panels(1, 6.0)
     for prior, points in most.groupby("prior"):
         base = bases.loc[points.experiment]
-        axis.errorbar(base.value.to_numpy(), points.value, points.interval, base.interval.to_numpy(), "o", capsize=3, label=prior)
+        axis.errorbar(
+            base.value.to_numpy(), points.value, points.interval, base.interval.to_numpy(), "o", capsize=3, label=prior
+        )
     for experiment in most.experiment.unique():
         top = most[most.experiment == experiment].value.max()
         axis.annotate(experiment, (bases.value[experiment], top), fontsize=8, xytext=(4, 6), textcoords="offset points")
