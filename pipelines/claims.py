@@ -64,6 +64,8 @@ class Claim(Options):
         against: for an ordering, the rows that the subject is to be better than; for a correlation, the other metric.
         kind, direction, tolerance: how it is judged.
         untested: why no command can test it yet.
+        finding: what we found instead, where a tested claim does not hold here. It is shown with the verdict, and is wrong,
+            and fails, if the claim does hold.
         decoder: the decoder's likelihood, where the number depends on it.
     """
 
@@ -80,6 +82,7 @@ class Claim(Options):
     direction: Literal["higher", "lower"]
     tolerance: Tolerance | None = None
     untested: Text | None = None
+    finding: Text | None = None
     decoder: Text | None = None
 
     @model_validator(mode="after")
@@ -149,8 +152,10 @@ class Verdict:
 
     @property
     def failed(self) -> bool:
-        """Whether the claim was tested and did not hold."""
-        return self.verdict == "not reproduced"
+        """Whether the claim was tested and came out otherwise than we say it does."""
+        if self.ours is None:
+            return False
+        return (self.verdict == "reproduced") == (self.claim.finding is not None)
 
 
 def judge(claims: Sequence[Claim], table: pd.DataFrame) -> list[Verdict]:
@@ -216,9 +221,10 @@ def _cells(verdict: Verdict) -> tuple[str, ...]:
     paper = "" if claim.value is None else f"{claim.value:g}" + (" (unverified)" if claim.standing == "recalled" else "")
     if verdict.ours is None:
         return claim.statement, paper, "", "", verdict.verdict
+    word = verdict.verdict if claim.finding is None else f"{verdict.verdict}: {claim.finding}"
     ours = f"{verdict.ours:+.3g}" if claim.kind == "ordering" else f"{verdict.ours:.3f}"
     interval = "" if verdict.interval is None else f"± {verdict.interval:.2g}"
-    return f"{claim.statement} ({verdict.note})", paper, ours, interval, verdict.verdict
+    return f"{claim.statement} ({verdict.note})", paper, ours, interval, word
 
 
 def tested_first(verdicts: Sequence[Verdict]) -> list[Verdict]:

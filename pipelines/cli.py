@@ -124,7 +124,7 @@ def report() -> None:
 
 @app.command()
 def compare() -> None:
-    """Hold the results against the papers' claims. Exits 1 if a claim that was tested fails."""
+    """Hold the results against the papers' claims. Exits 1 if one comes out otherwise than targets.yaml says."""
     from rich.console import Console
 
     from pipelines import claims, results

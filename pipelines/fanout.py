@@ -77,6 +77,7 @@ def run(tasks: Sequence[Task], machine: Machine, folder: Path) -> list[Any]:
 
 def _call(task: Task, path: Path, threads: int) -> Any:
     hardware.reproducible(threads)
+    hardware.keep_freed_memory()
     return task.function(progress.to_file(path), **task.arguments)
 
 

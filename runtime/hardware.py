@@ -1,5 +1,6 @@
 """What the machine can do: device, threads, and the precision that pays on it."""
 
+import ctypes
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,21 @@ def autocast(precision: Precision, kind: str) -> AbstractContextManager:
     if precision == "auto" and gains_from_bf16(kind):
         return torch.autocast(kind, dtype=torch.bfloat16)
     return nullcontext()
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_freed_memory(keep: bool = True) -> None:
+    """Let the process keep what large tensors leave behind; where the C library is not glibc, do nothing.
+
+    By default glibc gives large blocks back to the system at once, and every tensor of some megabytes pays for its pages
+    anew. ``keep`` false restores the defaults.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**30 if keep else 2**17)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**17)
 
 
 def reproducible(threads: int) -> None:

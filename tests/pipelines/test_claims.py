@@ -255,3 +255,12 @@ def test_every_tested_claim_names_what_params_yaml_runs(one):
 def test_neither_the_table_nor_the_claims_import_torch():
     code = "import sys, pipelines.claims; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_recorded_finding_is_shown_and_must_be_true():
+    known = claim(finding="the base is too good")
+    missed, held = (verdict(known, rows("loglik-sampler", value)) for value in (-2.0, -0.5))
+    assert not missed.failed
+    assert "not reproduced: the base is too good" in claims.markdown([missed])
+    assert held.failed  # it says that the claim does not hold, and the claim does
+    assert not verdict(known).failed  # no such row: untested
