@@ -25,6 +25,7 @@ from torch import Tensor
 from models.distributions import kl_divergence
 from models.protocol import HierarchicalVAE, LearnedPrior, descend
 from runtime.options import Options
+from runtime.progress import Report, silent
 from runtime.randomness import Noise
 
 PROPOSALS_AT_ONCE = 100
@@ -94,12 +95,14 @@ class Pool:
 
 
 @torch.no_grad()
-def fill_pool(model: HierarchicalVAE, prior: LearnedPrior, seed: int, size: int) -> Pool:
-    """Score ``size`` base samples of the first group."""
+def fill_pool(model: HierarchicalVAE, prior: LearnedPrior, seed: int, size: int, report: Report = silent) -> Pool:
+    """Score ``size`` base samples of the first group, telling ``report`` of the progress."""
     context = model.start(1)
     noise, base = Noise(seed, "pool", device=context.device), prior.base(0, context)
-    chunk = 2**14
-    scores = [prior.log_ratio(0, base.draw(noise, (min(chunk, size - first),)), context) for first in range(0, size, chunk)]
+    chunk, scores = 2**12, []
+    for first in range(0, size, chunk):
+        scores.append(prior.log_ratio(0, base.draw(noise, (min(chunk, size - first),)), context))
+        report(min(first + chunk, size), size, "base samples of the first group")
     return Pool(torch.cat(scores).flatten().float())
 
 

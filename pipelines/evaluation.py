@@ -81,13 +81,6 @@ class Evaluation:
             documents = [at.prior_document(name, k) for k in range(at.vae.groups)]
             yield self._row(name, "train-seconds", sum(d["seconds"] for d in documents), 0.0, documents[0]["step"])
 
-    def _likelihood_options(self) -> LikelihoodOptions:
-        """The experiment's counts, with the number of proposals of every SIR sampler among them."""
-        options, experiment = self.at.experiment.evaluate.likelihood, self.at.experiment
-        used = {sampler for prior in experiment.priors.values() for sampler in prior.samplers}
-        of_samplers = {experiment.samplers[name].proposals for name in used if experiment.samplers[name].method == "sir"}
-        return options.model_copy(update={"proposals": sorted({*options.proposals, *of_samplers})})
-
     def _measured(
         self, name: str, seed: int, priors: dict[str, Prior], pools: dict[str, Pool], options: LikelihoodOptions, limit: int
     ) -> dict[str, Tensor]:
@@ -113,22 +106,34 @@ class Evaluation:
         source = source_digest("metrics.likelihood", *methods)
         identity = Identity(at.name, seed, config | {"examples": len(examples)}, source)
         path = at.workspace.evaluation(at.name) / f"{name}-{len(examples)}-seed-{seed}.safetensors"
-        with exclusive(at.workspace.locks, f"{at.name}/{path.stem}"):
-            return in_blocks(path, identity, len(examples), at.experiment.evaluate.batch, compute, self.report)
+        return in_blocks(path, identity, len(examples), at.experiment.evaluate.batch, compute, self.report)
+
+    @property
+    def _limit(self) -> int:
+        """How many test examples likelihoods are measured on."""
+        limits = (self.examples, self.at.experiment.evaluate.examples, len(self.at.dataset.examples("test")))
+        return min(one for one in limits if one is not None)
+
+    def base(self) -> tuple[dict[str, Tensor], LikelihoodOptions]:
+        """The model's own prior, in full, and how it was measured: the same for every seed that shares the VAE."""
+        alone = {"gains": None, "normaliser": [1], "proposals": [1]}
+        options = self.at.experiment.evaluate.likelihood.model_copy(update=alone)
+        priors = {BASELINE: self.at.prior(BASELINE)}
+        return self._measured("base", self.at.vae_seed, priors, {}, options, self._limit), options
 
     def _likelihoods(self) -> Iterator[Row]:
-        at, options = self.at, self._likelihood_options()
+        at, options, limit = self.at, self.at.experiment.evaluate.likelihood, self._limit
         priors = {name: at.prior(name) for name in at.experiment.priors}
-        limits = (self.examples, at.experiment.evaluate.examples, len(at.dataset.examples("test")))
-        limit = min(one for one in limits if one is not None)
         if options.gains is not None:
-            # The model's own prior, in full, and the same for every seed that shares the VAE.
-            alone = options.model_copy(update={"gains": None, "normaliser": [1], "proposals": [1]})
-            found = self._measured("base", at.vae_seed, {BASELINE: priors[BASELINE]}, {}, alone, limit)
+            found, alone = self.base()
             yield from self._likelihood_rows(found, {}, alone)
             limit = min(limit, options.gains.examples)
             options = options.model_copy(update={"samples": options.gains.samples})
-        pools = {name: fill_pool(at.vae, prior, at.seed, options.pool) for name, prior in priors.items() if not prior.exact}
+        pools = {
+            name: fill_pool(at.vae, prior, at.seed, options.pool, self.report)
+            for name, prior in priors.items()
+            if not prior.exact
+        }
         found = self._measured("likelihood", at.seed, priors, pools, options, limit)
         for row in self._likelihood_rows(found, pools, options):
             if row.prior != BASELINE or options.gains is None:
@@ -276,6 +281,12 @@ def features_task(report: Report, at: Seeded) -> None:
     """Make the feature network once, before the seeds share it."""
     with exclusive(at.workspace.locks, f"{at.name}/features"):
         load_features(at, report)
+
+
+def base_task(report: Report, at: Seeded, examples: int | None) -> None:
+    """Measure the base alone, before the seeds that share it read it."""
+    with exclusive(at.workspace.locks, f"{at.name}/base-{at.vae_seed}"):
+        Evaluation(at, report, examples).base()
 
 
 def evaluation_task(report: Report, at: Seeded, examples: int | None) -> list[Row]:

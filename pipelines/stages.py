@@ -10,7 +10,7 @@ from typing import Any
 from datasets import dataset as data
 from pipelines import claims, fanout, report, results, tracking
 from pipelines.config import Config, Experiment, plain, read, validate
-from pipelines.evaluation import evaluation_task, features_task
+from pipelines.evaluation import base_task, evaluation_task, features_task
 from pipelines.fanout import Machine, Task
 from pipelines.work import Seeded, prior_task, sample_task, vae_task
 from pipelines.workspace import Workspace
@@ -144,6 +144,10 @@ class Pipeline:
             self.fetch(name)  # published files can be measured right after a clone
         if experiment.evaluate.features is not None:
             self._run("features", name, [Task("feature network", features_task, {"at": seeds[0].fresh()})])
+        if experiment.evaluate.likelihood.gains is not None:
+            owners = {at.vae_seed: at for at in seeds}.values()
+            bases = [Task(f"base, seed {at.vae_seed}", base_task, {"at": at.fresh(), "examples": examples}) for at in owners]
+            self._run("base", name, bases)
         tasks = [
             Task(f"evaluation, seed {at.seed}", evaluation_task, {"at": at.fresh(), "examples": examples}) for at in seeds
         ]
