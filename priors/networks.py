@@ -17,7 +17,7 @@ from runtime.options import Options
 
 
 class NetworkOptions(Options):
-    """``width``: units or channels. ``depth``: hidden layers of a perceptron, or residual blocks of a convolutional net.
+    """``width``: units or channels. ``depth``: residual blocks.
 
     ``halvings``: of a convolutional net, how often a block with stride 2 follows that halves the side and doubles the
     channels, with ``depth`` more blocks after it. ``context``: whether the network sees the context at all.
@@ -51,8 +51,20 @@ class _Scorer(nn.Module):
         return self.judge(hidden.flatten(0, len(lead) - 1)).reshape(lead)
 
 
+class Residual(nn.Module):
+    """x + W swish(W swish(x))."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, width) to the same."""
+        return x + self.body(x)
+
+
 class VectorScorer(_Scorer):
-    """A perceptron with ReLU, for latent (d,) and context (e,), e possibly 0."""
+    """A residual perceptron with swish, for latent (d,) and context (e,), e possibly 0."""
 
     def __init__(self, options: NetworkOptions, group: Group):
         super().__init__()
@@ -60,8 +72,7 @@ class VectorScorer(_Scorer):
         self.see_z = nn.Linear(group.latent[0], width)
         seen = group.context[0] if options.context else 0
         self.see_context = nn.Linear(seen, width, bias=False) if seen else None
-        hidden = [layer for _ in range(options.depth - 1) for layer in (nn.Linear(width, width), nn.ReLU())]
-        self.judge = nn.Sequential(nn.ReLU(), *hidden, nn.Linear(width, 1))
+        self.judge = nn.Sequential(*(Residual(width) for _ in range(options.depth)), nn.SiLU(), nn.Linear(width, 1))
 
 
 class BlockA(nn.Module):

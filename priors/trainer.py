@@ -111,8 +111,9 @@ def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, d
             trainee.module.eval()
         for part, x in enumerate(validation.split(options.batch)):
             found = shared_pass(x, "held-out", part)
-            for index, trainee in enumerate(active):
-                terms = _loss(slot_of[trainee.name], found, trainee.step)
+            with autocast(options.precision, device.type):
+                parts = [_loss(slot_of[trainee.name], found, trainee.step) for trainee in active]
+            for index, terms in enumerate(parts):
                 totals[index] += sum(term.item() for term in terms.values()) * len(x)
         for trainee in active:
             trainee.module.train()

@@ -14,7 +14,7 @@ from priors.registry import PRIORS
 from priors.samplers import SAMPLERS
 from priors.sampling import draw
 from priors.trainer import Slot, learn, pairs
-from runtime import checkpoints
+from runtime import checkpoints, hardware
 from runtime.identity import Identity
 from runtime.randomness import Noise, generator, initialising
 
@@ -190,3 +190,31 @@ def test_context_and_proposals_are_scored_as_if_they_were_concatenated():
         together = prior.log_ratio(z, context)
         one_by_one = [[prior.log_ratio(z[m, i : i + 1], context[i : i + 1]).item() for i in range(3)] for m in range(4)]
         assert torch.allclose(together, torch.tensor(one_by_one), atol=1e-5)
+
+
+def test_classifiers_learn_in_bf16_about_what_they_learn_in_fp32(tmp_path, monkeypatch):
+    vae = frozen("hierarchical")
+    exact = learned("ncp", vae, tmp_path / "fp32")
+    monkeypatch.setattr(hardware, "gains_from_bf16", lambda kind: True)
+    monkeypatch.setitem(OPTIONS, "ncp", OPTIONS["ncp"] | {"precision": "auto"})
+    quick = learned("ncp", vae, tmp_path / "bf16")
+    losses = []
+    for k, (one, other) in enumerate(zip(exact.groups, quick.groups, strict=True)):
+        assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in other.state_dict().values())
+        assert any(not torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+        stored = (checkpoints.load(tmp_path / kind / f"k{k:02d}.safetensors", "")[1] for kind in ("fp32", "bf16"))
+        losses.append([document["held_out"][-1][1] for document in stored])
+    assert torch.tensor(losses)[:, 0] == pytest.approx(torch.tensor(losses)[:, 1], abs=0.02)
+
+
+@pytest.mark.parametrize("network", [{"halvings": 2}, {"context": False}, {"halvings": 1, "context": False}])
+def test_blocks_that_halve_and_blind_classifiers_score_rows_independently(network):
+    torch.manual_seed(0)
+    options = NoiseContrastivePrior.Options(steps=1, batch=2, network=NetworkOptions(width=8, depth=1, **network))
+    prior = NoiseContrastivePrior(options, Group(1, (2, 5, 5), (3, 5, 5))).eval()
+    z, context = torch.randn(6, 4, 2, 5, 5), torch.randn(4, 3, 5, 5)
+    scores = prior.log_ratio(z, context)
+    assert scores.shape == (6, 4)
+    assert torch.allclose(scores[2:3, 1:2], prior.log_ratio(z[2:3, 1:2], context[1:2]), atol=1e-5)
+    blind = torch.allclose(scores, prior.log_ratio(z, context + 1), atol=1e-6)
+    assert blind == (network.get("context") is False)
