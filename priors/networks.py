@@ -20,18 +20,25 @@ class NetworkOptions(Options):
     """``width``: units or channels. ``depth``: residual blocks.
 
     ``halvings``: of a convolutional net, how often a block with stride 2 follows that halves the side and doubles the
-    channels, with ``depth`` more blocks after it. ``context``: whether the network sees the context at all.
+    channels, with ``depth`` more blocks after it. ``context``: whether the network sees the context at all. ``first``: units
+    of a residual perceptron that scores the first group's latent map as a whole, since its context says nothing;
+    convolutions there too if absent.
     """
 
     width: Annotated[int, Field(ge=1)] = 128
     depth: Annotated[int, Field(ge=1)] = 3
     halvings: Annotated[int, Field(ge=0)] = 0
     context: bool = True
+    first: Annotated[int, Field(ge=1)] | None = None
 
 
 def scorer(options: NetworkOptions, group: Group) -> nn.Module:
     """The network for a group: convolutional where the latent variable is a map, a perceptron where it is a vector."""
-    return MapScorer(options, group) if len(group.latent) == 3 else VectorScorer(options, group)
+    if len(group.latent) == 1:
+        return VectorScorer(options, group)
+    if group.k == 0 and options.first is not None:
+        return FlattenedScorer(options, group)
+    return MapScorer(options, group)
 
 
 class _Scorer(nn.Module):
@@ -73,6 +80,19 @@ class VectorScorer(_Scorer):
         seen = group.context[0] if options.context else 0
         self.see_context = nn.Linear(seen, width, bias=False) if seen else None
         self.judge = nn.Sequential(*(Residual(width) for _ in range(options.depth)), nn.SiLU(), nn.Linear(width, 1))
+
+
+class FlattenedScorer(nn.Module):
+    """A residual perceptron over a latent map (c, h, w) as a vector; the context is not looked at."""
+
+    def __init__(self, options: NetworkOptions, group: Group):
+        super().__init__()
+        flat = Group(group.k, (torch.Size(group.latent).numel(),), (0,))
+        self.vector = VectorScorer(options.model_copy(update={"width": options.first}), flat)
+
+    def forward(self, z: Tensor, context: Tensor) -> Tensor:
+        """z (*lead, batch, c, h, w) and context (batch, …) to (*lead, batch)."""
+        return self.vector(z.flatten(-3), context.new_zeros(len(context), 0))
 
 
 class BlockA(nn.Module):
@@ -127,6 +147,5 @@ class MapScorer(_Scorer):
         self.judge = nn.Sequential(
             *blocks, nn.BatchNorm2d(width), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1)
         )
-        convert_conv2d_weight_memory_format(
-            self, torch.channels_last
-        )  # the faster layout for convolutions, on CPUs and GPUs alike
+        # The faster layout for convolutions, on CPUs and GPUs alike.
+        convert_conv2d_weight_memory_format(self, torch.channels_last)

@@ -207,6 +207,17 @@ def test_classifiers_learn_in_bf16_about_what_they_learn_in_fp32(tmp_path, monke
     assert torch.tensor(losses)[:, 0] == pytest.approx(torch.tensor(losses)[:, 1], abs=0.02)
 
 
+def test_the_first_groups_map_can_be_scored_as_a_whole():
+    torch.manual_seed(0)
+    network = NetworkOptions(width=4, depth=1, first=16)
+    options = NoiseContrastivePrior.Options(steps=1, batch=2, network=network)
+    first, later = (NoiseContrastivePrior(options, Group(k, (2, 4, 4), (3, 4, 4))).eval() for k in (0, 1))
+    z, context = torch.randn(6, 4, 2, 4, 4), torch.randn(4, 3, 4, 4)
+    assert first.log_ratio(z, context).shape == later.log_ratio(z, context).shape == (6, 4)
+    assert torch.equal(first.log_ratio(z, context), first.log_ratio(z, context + 1))
+    assert not torch.equal(later.log_ratio(z, context), later.log_ratio(z, context + 1))
+
+
 @pytest.mark.parametrize("network", [{"halvings": 2}, {"context": False}, {"halvings": 1, "context": False}])
 def test_blocks_that_halve_and_blind_classifiers_score_rows_independently(network):
     torch.manual_seed(0)
