@@ -112,7 +112,7 @@ def evaluate(
 def publish(experiment: Name) -> None:
     """Write small copies of the trained files to pretrained/; sampling and measuring work from them."""
     paths = _pipeline().publish(experiment)
-    typer.echo(f"{len(paths)} files, {sum(path.stat().st_size for path in paths) / 1e6:.1f} MB, in {paths[0].parents[1]}")
+    typer.echo(f"{len(paths)} files, {sum(path.stat().st_size for path in paths) / 1e6:.1f} MB, in pretrained/{experiment}")
 
 
 @app.command()
