@@ -181,6 +181,11 @@ class Trainee:
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        # Fused optimisers walk through memory, so moments must lie there as their parameters do (channels-last, say).
+        for parameter, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(moment)
 
 
 def overfits(held_out: Sequence[Sequence[float]]) -> bool:

@@ -46,6 +46,25 @@ def test_trainees_resumed_from_different_steps_equal_the_undisturbed_run(tmp_pat
     assert torch.equal(again.module[0].weight, resumed[0].module[0].weight)
 
 
+def test_a_fused_optimiser_resumes_with_parameters_in_channels_last(tmp_path):
+    def trainee(name):
+        torch.manual_seed(0)
+        module = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(module.parameters(), fused=True)
+        return Trainee(name, module, optimizer, lambda step: 1e-2, tmp_path / f"{name}.safetensors", Identity("toy", 0, {}))
+
+    def own_losses(step, active):
+        x = torch.randn(8, 3, 5, 5, generator=generator(0, "x", step=step))
+        return [{"square": (one.module(x) ** 2).mean()} for one in active]
+
+    whole, stopped, resumed = trainee("whole"), trainee("part"), trainee("part")
+    train([whole], 20, own_losses)
+    train([stopped], 10, own_losses)
+    stopped.save_rolling()
+    train([resumed], 20, own_losses)
+    assert torch.equal(whole.module.weight, resumed.module.weight)
+
+
 def test_the_best_held_out_state_is_kept_through_a_resumption_with_what_the_loss_carries(tmp_path):
     def scores(trainees):
         return [abs(one.step - 24) / 10 for one in trainees]  # best at the check after step 24
