@@ -35,7 +35,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class GainOptions(Options):
-    """A smaller measurement, where normalisers are dear: on the first ``examples``, with ``samples`` each."""
+    """A smaller measurement, where normalisers are dear: on so many ``examples``, with ``samples`` each."""
 
     examples: Count
     samples: Count

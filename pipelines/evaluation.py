@@ -47,7 +47,7 @@ class Evaluation:
 
     at: Seeded
     report: Report
-    examples: int | None = None  # for a quick look: the first test examples alone, for the likelihoods
+    examples: int | None = None  # for a quick look: this many test examples, for the likelihoods
 
     def rows(self) -> Iterator[Row]:
         """All of them."""
@@ -84,12 +84,12 @@ class Evaluation:
     def _measured(
         self, name: str, seed: int, priors: dict[str, Prior], pools: dict[str, Pool], options: LikelihoodOptions, limit: int
     ) -> dict[str, Tensor]:
-        """Per-example numbers of some priors, on the first ``limit`` test examples, kept on disk block by block.
+        """Per-example numbers of some priors, on ``limit`` test examples (:func:`spread`), kept on disk block by block.
 
         They are log-likelihoods, NCE losses of the priors that have a normaliser, and the model's KL terms.
         """
         at = self.at
-        examples = at.dataset.examples("test")[:limit]
+        examples = spread(at.dataset.examples("test"), limit)
 
         def compute(rows: range) -> dict[str, Tensor]:
             x = examples[rows.start : rows.stop].to(hardware.device())
@@ -177,7 +177,7 @@ class Evaluation:
     def _posterior_pass(self) -> tuple[list[Tensor], Tensor]:
         """z_k ~ q(z_k) for test examples, group by group, and what they decode to (as samples are decoded)."""
         at, device = self.at, hardware.device()
-        x = self.at.dataset.examples("test")[: at.experiment.sample.images].to(device)
+        x = spread(at.dataset.examples("test"), at.experiment.sample.images).to(device)
         rows, codes = range(len(x)), []
         with torch.no_grad():
             by_q = by_posterior(at.vae, x, lambda k: Noise(at.seed, "aggregate", k, rows=rows, device=device))
@@ -236,11 +236,8 @@ class Evaluation:
         at = self.at
         yield from self._quality(AGGREGATE, self._posterior_pass[1])
         if truth := spec(at.experiment.dataset).truth:
-            yield self._row(
-                DATA,
-                "loglik",
-                *mean_and_error(truth.log_density(at.dataset.examples("test")[: at.experiment.evaluate.examples].double())),
-            )
+            density = truth.log_density(spread(at.dataset.examples("test"), self._limit).double())
+            yield self._row(DATA, "loglik", *mean_and_error(density))
             yield from self._quality(DATA, at.dataset.examples("test"))
         if at.experiment.evaluate.features is not None:
             yield from self._quality(DATA, at.dataset.images("test"))
@@ -252,6 +249,15 @@ class Evaluation:
     @cached_property
     def _reference(self) -> Tensor:
         return self._network(self.at.dataset.images("train"))
+
+
+def spread(examples: Tensor, count: int) -> Tensor:
+    """``count`` examples, or all if there are fewer, evenly spread over the set (n, *shape).
+
+    Not the first ones: a set need not be in random order (the second half of MNIST's test set is of other writers).
+    """
+    count = min(count, len(examples))
+    return examples[torch.arange(count) * len(examples) // count]
 
 
 def _suffixes(count: int, options: LikelihoodOptions) -> list[str]:

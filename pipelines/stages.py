@@ -134,7 +134,7 @@ class Pipeline:
 
         Args:
             name: the experiment.
-            examples: a quick look, with likelihoods on the first test examples alone, in a table that no report reads.
+            examples: a quick look, with likelihoods on this many test examples, in a table that no report reads.
 
         Returns:
             The table's path.

@@ -12,6 +12,7 @@ import torch
 from tiny import double, kill_self, tiny, write_params
 
 from pipelines import results
+from pipelines.evaluation import spread
 from pipelines.fanout import Machine
 from pipelines.stages import Pipeline
 from pipelines.work import Seeded
@@ -267,6 +268,12 @@ def test_one_vae_can_serve_every_seed(checkout):
     assert [path.name for path in (checkout / "artifacts" / "flat" / "vae").iterdir()] == ["seed-5.safetensors"]
     first, second = weights(checkout, "flat/priors/ncp/seed-*/*.safetensors").values()
     assert not torch.equal(first["classifier.see_z.weight"], second["classifier.see_z.weight"])
+
+
+def test_fewer_examples_are_spread_over_the_set():
+    examples = torch.arange(10)
+    assert spread(examples, 4).tolist() == [0, 2, 5, 7]
+    assert torch.equal(spread(examples, 30), examples)
 
 
 def test_gains_can_be_measured_on_fewer_examples(checkout):
