@@ -1,4 +1,10 @@
-"""Stage 2 on a simulated cluster of two nodes."""
+"""Stage 2 on a simulated cluster of two nodes: the same classifiers, whatever is killed or taken away meanwhile."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
 
 import pytest
 from tiny import tiny, write_params
@@ -14,9 +20,9 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """Two nodes with a CPU each, named by RAY_ADDRESS."""
+    """Two nodes with a CPU each, named by RAY_ADDRESS; the second can be removed."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    cluster.add_node(num_cpus=1)
+    cluster.second = cluster.add_node(num_cpus=1)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     yield cluster
     cluster.shutdown()
@@ -27,6 +33,7 @@ def stage(checkout):
     """A checkout before stage 2, and the classifiers that an undisturbed stage 2 learns there, as digests."""
     params = tiny()
     del params["experiments"]["deep"]["seeds"][1]
+    params["experiments"]["deep"]["priors"]["ncp"] |= {"steps": 100}  # long enough to be disturbed
     write_params(checkout, params)
     pipeline = Pipeline(checkout)
     for name in ("fetch", "train_vae", "train_prior"):
@@ -45,4 +52,51 @@ def digests(folder):
 def test_two_nodes_learn_the_classifiers_that_one_process_learns(cluster, stage):
     at, expected = stage
     Pipeline(at.root, Machine(shards=3)).train_prior("deep")
+    assert digests(at.root) == expected
+
+
+def workers(cluster):
+    """Processes of the cluster that run a task now: children of its nodes, titled so by Ray."""
+    nodes = {node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()}
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title, parent = (folder / "cmdline").read_text(), int((folder / "stat").read_text().rsplit(")")[-1].split()[1])
+        except OSError:
+            continue
+        if title.startswith("ray::_call") and parent in nodes:
+            found.append(int(folder.name))
+    return found
+
+
+def disturbed(cluster, at, disturb):
+    """Stage 2 in two shards, with ``disturb(worker)`` called once both of them are training."""
+    called = threading.Event()
+
+    def wait():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            running = workers(cluster)
+            if len(running) == 2 and len(list((at.root / "artifacts" / ".progress").rglob("*.json"))) == 2:
+                disturb(running[-1])
+                called.set()
+                return
+            time.sleep(0.02)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    Pipeline(at.root, Machine(shards=2)).train_prior("deep")
+    waiting.join()
+    assert called.is_set(), "it ended before it could be disturbed"
+
+
+def test_a_killed_worker_is_replaced(cluster, stage):
+    at, expected = stage
+    disturbed(cluster, at, lambda worker: os.kill(worker, signal.SIGKILL))
+    assert digests(at.root) == expected
+
+
+def test_a_lost_node_is_survived(cluster, stage):
+    at, expected = stage
+    disturbed(cluster, at, lambda worker: cluster.remove_node(cluster.second, allow_graceful=False))
     assert digests(at.root) == expected
