@@ -139,6 +139,18 @@ class LearnedPrior(Protocol):
         """log r(z, c), unnormalised, nats: z (*lead, batch, *latent), context (batch, …), result (*lead, batch)."""
         ...
 
+    def prepare(self, k: int, context: Tensor) -> Tensor:
+        """What r needs of the contexts (batch, …), worked out once for any number of z: shape (batch, …)."""
+        ...
+
+    def prepared_log_ratio(self, k: int, z: Tensor, prepared: Tensor) -> Tensor:
+        """:meth:`log_ratio`, given what :meth:`prepare` returned for the contexts."""
+        ...
+
+    def footprint(self, k: int) -> int:
+        """How many numbers the widest layer that scores one z holds: what r costs in memory."""
+        ...
+
 
 def by_posterior(model: HierarchicalVAE, x: Tensor, noise: Callable[[int], Noise]) -> Choose:
     """The choice z_k ~ q(z_k | z_<k, x), with noise(k) for group k. x has shape (batch, *data shape)."""

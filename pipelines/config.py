@@ -13,8 +13,7 @@ from metrics.likelihood import LikelihoodOptions
 from models.registry import MODELS
 from models.trainer import TrainOptions
 from priors.protocol import GroupPrior
-from priors.registry import PRIORS
-from priors.samplers import SAMPLERS
+from priors.registry import PRIORS, SAMPLERS
 from priors.sampling import Decoding
 from runtime.errors import UserError
 from runtime.options import Options

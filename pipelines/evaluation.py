@@ -25,8 +25,7 @@ from pipelines.config import BASELINE, plain
 from pipelines.results import Row
 from pipelines.work import Seeded, under_floor
 from priors.protocol import Prior
-from priors.registry import PRIORS
-from priors.samplers import SAMPLERS
+from priors.registry import PRIORS, SAMPLERS
 from runtime import hardware
 from runtime.blocks import in_blocks
 from runtime.files import exclusive

@@ -14,7 +14,8 @@ from pipelines.evaluation import base_task, evaluation_task, features_task
 from pipelines.fanout import Machine, Task
 from pipelines.work import Seeded, prior_task, sample_task, vae_task
 from pipelines.workspace import Workspace
-from priors.samplers import ESS_FLOOR, SAMPLERS
+from priors.registry import SAMPLERS
+from priors.samplers import ESS_FLOOR
 from runtime import checkpoints
 
 

@@ -20,8 +20,8 @@ from models.trainer import train_vae
 from pipelines.config import Config, Experiment, plain, validate
 from pipelines.workspace import Workspace
 from priors.protocol import GroupPrior, Prior
-from priors.registry import PRIORS
-from priors.samplers import ESS_FLOOR, SAMPLERS
+from priors.registry import PRIORS, SAMPLERS
+from priors.samplers import ESS_FLOOR
 from priors.sampling import draw, readjusted
 from priors.trainer import Slot, learn
 from runtime import checkpoints, hardware

@@ -32,7 +32,20 @@ class NoiseContrastivePrior(TrainedPrior):
 
     def log_ratio(self, z: Tensor, context: Tensor) -> Tensor:
         """The classifier's logit: log D − log(1 − D)."""
-        return self.classifier(z, context)
+        return self.prepared_log_ratio(z, self.prepare(context))
+
+    def prepare(self, context: Tensor) -> Tensor:
+        """The part of the classifier's first layer that sees the context."""
+        return self.classifier.prepare(context)
+
+    def prepared_log_ratio(self, z: Tensor, prepared: Tensor) -> Tensor:
+        """The classifier's logit, given that part."""
+        return self.classifier(z, prepared)
+
+    @property
+    def footprint(self) -> int:
+        """Of the classifier."""
+        return self.classifier.footprint
 
     def loss(self, posterior: Tensor, base: Tensor, context: Tensor, step: int) -> Terms:  # noqa: ARG002
         """Binary cross-entropy, summed over the two classes: 2 ln 2 at chance.

@@ -4,7 +4,7 @@ The part of the first layer that sees the context is computed once per image and
 thousand proposals in one context pay for the context once.
 """
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -32,7 +32,7 @@ class NetworkOptions(Options):
     first: Annotated[int, Field(ge=1)] | None = None
 
 
-def scorer(options: NetworkOptions, group: Group) -> nn.Module:
+def scorer(options: NetworkOptions, group: Group) -> "Scorer | FlattenedScorer":
     """The network for a group: convolutional where the latent variable is a map, a perceptron where it is a vector."""
     if len(group.latent) == 1:
         return VectorScorer(options, group)
@@ -41,20 +41,29 @@ def scorer(options: NetworkOptions, group: Group) -> nn.Module:
     return MapScorer(options, group)
 
 
-class _Scorer(nn.Module):
-    """score(z, context): (*lead, batch, *latent) and (batch, *context) to (*lead, batch)."""
+class Scorer(nn.Module):
+    """score(z, prepare(context)): (*lead, batch, *latent) and (batch, *context) to (*lead, batch).
 
+    Attributes:
+        footprint: numbers that the widest layer holds for one z.
+    """
+
+    event: ClassVar[int]  # dimensions of one z
     see_z: nn.Module
     see_context: nn.Module | None
     judge: nn.Module
+    footprint: int
 
-    def forward(self, z: Tensor, context: Tensor) -> Tensor:
-        """Score z in its context."""
-        event = context.dim() - 1
-        lead = z.shape[: z.dim() - event]
+    def prepare(self, context: Tensor) -> Tensor:
+        """The first layer's part of the context (batch, …); nothing, (batch, 0), where the context is not looked at."""
+        return context.new_zeros(len(context), 0) if self.see_context is None else self.see_context(context)
+
+    def forward(self, z: Tensor, prepared: Tensor) -> Tensor:
+        """Score z in a prepared context."""
+        lead = z.shape[: z.dim() - self.event]
         hidden = self.see_z(z.flatten(0, len(lead) - 1)).unflatten(0, lead)
         if self.see_context is not None:
-            hidden = hidden + self.see_context(context)
+            hidden = hidden + prepared
         return self.judge(hidden.flatten(0, len(lead) - 1)).reshape(lead)
 
 
@@ -70,12 +79,14 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-class VectorScorer(_Scorer):
+class VectorScorer(Scorer):
     """A residual perceptron with swish, for latent (d,) and context (e,), e possibly 0."""
+
+    event = 1
 
     def __init__(self, options: NetworkOptions, group: Group):
         super().__init__()
-        width = options.width
+        self.footprint = width = options.width
         self.see_z = nn.Linear(group.latent[0], width)
         seen = group.context[0] if options.context else 0
         self.see_context = nn.Linear(seen, width, bias=False) if seen else None
@@ -89,10 +100,15 @@ class FlattenedScorer(nn.Module):
         super().__init__()
         flat = Group(group.k, (torch.Size(group.latent).numel(),), (0,))
         self.vector = VectorScorer(options.model_copy(update={"width": options.first}), flat)
+        self.footprint = self.vector.footprint
 
-    def forward(self, z: Tensor, context: Tensor) -> Tensor:
-        """z (*lead, batch, c, h, w) and context (batch, …) to (*lead, batch)."""
-        return self.vector(z.flatten(-3), context.new_zeros(len(context), 0))
+    def prepare(self, context: Tensor) -> Tensor:
+        """Nothing of the context: (batch, 0)."""
+        return context.new_zeros(len(context), 0)
+
+    def forward(self, z: Tensor, prepared: Tensor) -> Tensor:
+        """z (*lead, batch, c, h, w) to (*lead, batch)."""
+        return self.vector(z.flatten(-3), prepared)
 
 
 class BlockA(nn.Module):
@@ -132,12 +148,15 @@ def _body(width: int, out: int, stride: int) -> nn.Sequential:
     )
 
 
-class MapScorer(_Scorer):
+class MapScorer(Scorer):
     """Residual blocks, then the mean over positions, for latent (c, h, w) and context (e, h, w)."""
+
+    event = 3
 
     def __init__(self, options: NetworkOptions, group: Group):
         super().__init__()
         width = options.width
+        self.footprint = width * group.latent[1] * group.latent[2]
         self.see_z = nn.Conv2d(group.latent[0], width, 3, padding=1)
         self.see_context = nn.Conv2d(group.context[0], width, 3, padding=1, bias=False) if options.context else None
         blocks: list[nn.Module] = [BlockA(width) for _ in range(options.depth)]

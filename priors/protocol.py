@@ -50,6 +50,19 @@ class GroupPrior(nn.Module):
         """
         return z.new_zeros(z.shape[: z.dim() - len(self.group.latent)])
 
+    def prepare(self, context: Tensor) -> Tensor:
+        """What log r needs of the context (batch, *context shape), worked out once for many z; here the context itself."""
+        return context
+
+    def prepared_log_ratio(self, z: Tensor, prepared: Tensor) -> Tensor:
+        """:meth:`log_ratio`, given what :meth:`prepare` made of the context. Overridden together with it."""
+        return self.log_ratio(z, prepared)
+
+    @property
+    def footprint(self) -> int:
+        """How many numbers the widest layer that scores one z holds."""
+        return torch.Size(self.group.latent).numel()
+
 
 class FittedPrior(GroupPrior, ABC):
     """A prior that is fitted in one go to samples of the aggregate posterior."""
@@ -125,3 +138,15 @@ class Prior:
     def log_ratio(self, k: int, z: Tensor, context: Tensor) -> Tensor:
         """log r(z, c): z (*lead, batch, *latent shape of k), context (batch, …), result (*lead, batch), nats."""
         return self.groups[k].log_ratio(z, context)
+
+    def prepare(self, k: int, context: Tensor) -> Tensor:
+        """What r needs of the contexts (batch, …), worked out once: shape (batch, …)."""
+        return self.groups[k].prepare(context)
+
+    def prepared_log_ratio(self, k: int, z: Tensor, prepared: Tensor) -> Tensor:
+        """:meth:`log_ratio`, given what :meth:`prepare` returned."""
+        return self.groups[k].prepared_log_ratio(z, prepared)
+
+    def footprint(self, k: int) -> int:
+        """How many numbers the widest layer that scores one z of group k holds."""
+        return self.groups[k].footprint

@@ -1,12 +1,16 @@
-"""Every prior method that params.yaml can name."""
+"""Every prior method and every sampler that params.yaml can name."""
 
 from priors.gmm import GaussianMixturePrior
 from priors.ncp import NoiseContrastivePrior
 from priors.normal import NormalPrior
 from priors.protocol import GroupPrior
+from priors.samplers import Ancestral, Langevin, Sampler
+from priors.sir import SIR
 
 PRIORS: dict[str, type[GroupPrior]] = {
     "normal": NormalPrior,
     "gmm": GaussianMixturePrior,
     "ncp": NoiseContrastivePrior,
 }
+
+SAMPLERS: dict[str, type[Sampler]] = {"ancestral": Ancestral, "sir": SIR, "langevin": Langevin}

@@ -1,9 +1,8 @@
-"""How to draw from a learned prior, group by group: ancestral, sampling-importance-resampling, Langevin.
+"""How to draw from a learned prior, group by group: what a sampler is; ancestral and Langevin (SIR: ``priors/sir.py``).
 
 A sampler sees a prior's base and log r, and nothing of the method behind them.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +21,6 @@ Streams = Callable[[str], Noise]
 
 ESS_FLOOR = 10.0
 """Proposals. Below so small an effective sample size, resampling hands out a few of its proposals again and again."""
-
-PROPOSALS_AT_ONCE = 100
-"""Proposals scored together. Part of the definition of the draws: a stream's numbers depend on how it is read."""
 
 
 @dataclass
@@ -82,43 +78,6 @@ class Ancestral(Sampler):
         z = prior.base(k, context).draw(streams("base"))
         ones = z.new_ones(len(context))
         return GroupDraw(z, ones, torch.zeros_like(ones), ones)
-
-
-class SIR(Sampler):
-    """M proposals from the base, one kept with probability proportional to r.
-
-    The one kept is the argmax of log r + Gumbel noise, so the proposals stream through in constant memory.
-    """
-
-    weighs = True
-
-    class Options(Sampler.Options):
-        """``proposals``: M."""
-
-        proposals: Annotated[int, Field(ge=1, le=2**20)]
-
-    options: Options
-
-    def draw(self, prior: LearnedPrior, k: int, context: Tensor, streams: Streams) -> GroupDraw:
-        """Stream the proposals through, keeping the running winner and the running sums of w and w²."""
-        rows, total = len(context), self.options.proposals
-        base, proposing, choosing = prior.base(k, context), streams("proposals"), streams("gumbel")
-        best = context.new_full((rows,), -math.inf, dtype=torch.float32)
-        log_sum, log_sum_squares = best.clone(), best.clone()
-        kept = torch.empty(0)
-        for first in range(0, total, PROPOSALS_AT_ONCE):
-            count = min(PROPOSALS_AT_ONCE, total - first)
-            z = base.draw(proposing, (count,))
-            log_r = prior.log_ratio(k, z, context).float()
-            keys, winner = (log_r + choosing.gumbel((count,), (rows,))).max(0)
-            candidate = z[winner, torch.arange(rows, device=z.device)]
-            better = (keys > best).view(-1, *[1] * (candidate.dim() - 1))
-            kept = candidate if first == 0 else torch.where(better, candidate, kept)
-            best = torch.maximum(best, keys)
-            log_sum = torch.logaddexp(log_sum, log_r.logsumexp(0))
-            log_sum_squares = torch.logaddexp(log_sum_squares, (2 * log_r).logsumexp(0))
-        ess = (2 * log_sum - log_sum_squares).exp() / total
-        return GroupDraw(kept, ess, torch.full_like(ess, total), torch.ones_like(ess))
 
 
 class Langevin(Sampler):
@@ -196,6 +155,3 @@ def chain_ess_fraction(trace: Tensor) -> Tensor:
     positive = (correlation > 0).cumprod(0)
     time = 1 + 2 * (correlation * positive)[1:].sum(0)
     return torch.where(moved, 1 / time, 1 / states)
-
-
-SAMPLERS: dict[str, type[Sampler]] = {"ancestral": Ancestral, "sir": SIR, "langevin": Langevin}

@@ -37,6 +37,14 @@ def autocast(precision: Precision, kind: str) -> AbstractContextManager:
     return nullcontext()
 
 
+def elements_at_once(kind: str) -> int:
+    """How many numbers of one layer's activations to have at a time when memory is streamed through.
+
+    On a CPU a layer's output should still be in the core's own cache when the next layer reads it.
+    """
+    return 2**27 if kind == "cuda" else 2**19
+
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 

@@ -4,6 +4,7 @@ Nothing here, and nothing that uses it, reads or moves torch's global generators
 the work was sharded over processes, split into batches, or interrupted and resumed.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,18 @@ class Noise:
         names = [purpose] if rows is None else [f"{purpose}|row{row}" for row in rows]
         self._by_row = rows is not None
         self._generators = [generator(seed, name, group, step, device) for name in names]
+
+    def of(self, rows: Sequence[int]) -> "Noise":
+        """The streams of some of the rows, by their position in the batch; reading them moves this source's streams on.
+
+        A source of one stream for the whole batch serves any rows. Raises ValueError for repeated rows.
+        """
+        if self.repeats > 1:
+            raise ValueError("rows that are repeated cannot be picked")
+        picked = copy.copy(self)
+        if self._by_row:
+            picked._generators = [self._generators[row] for row in rows]
+        return picked
 
     def normal(self, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:
         """Standard normal numbers, float32, shape (*lead, *batch); ``batch[0]`` counts the rows."""

@@ -146,8 +146,9 @@ def test_the_example_prior_of_the_readme_works_with_every_sampler(tmp_path, monk
     from models.mlp import MLPVAE
     from priors.protocol import GroupPrior, Prior
     from priors.registry import PRIORS
-    from priors.samplers import SIR, Langevin
+    from priors.samplers import Langevin
     from priors.sampling import draw
+    from priors.sir import SIR
     from priors.trainer import Slot, learn
     from runtime.identity import Identity
     from runtime.randomness import generator

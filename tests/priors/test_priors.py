@@ -10,8 +10,7 @@ from models.residual import ResidualHVAE
 from priors.ncp import NoiseContrastivePrior
 from priors.networks import NetworkOptions
 from priors.protocol import FittedPrior, GroupPrior, Prior, TrainedPrior
-from priors.registry import PRIORS
-from priors.samplers import SAMPLERS
+from priors.registry import PRIORS, SAMPLERS
 from priors.sampling import draw
 from priors.trainer import Slot, learn, pairs
 from runtime import checkpoints, hardware
@@ -144,7 +143,10 @@ def test_the_nce_optimum_of_two_normals_is_their_log_density_ratio():
             super().__init__()
             self.weights = torch.nn.Parameter(torch.zeros(3).double())
 
-        def forward(self, z, context):
+        def prepare(self, context):
+            return context
+
+        def forward(self, z, prepared):
             return (torch.stack([torch.ones_like(z), z, z**2], -1) @ self.weights)[..., 0]
 
     prior.classifier = Quadratic()

@@ -2,90 +2,22 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats
+from oracles import Known
 
 from models.distributions import DiagonalNormal
 from priors import samplers
 from priors.gmm import Mixture
-from priors.samplers import SIR, Ancestral, Langevin
+from priors.samplers import Ancestral, Langevin
 from runtime.randomness import Noise
 
 ROWS = 20_000
 
 
-class Known:
-    """p = N(0, 1) and an exact ratio: r = q / p."""
-
-    exact = False
-
-    def __init__(self, log_q, dtype=torch.float64):
-        self.log_q, self.dtype = log_q, dtype
-
-    def base(self, k, context):
-        zeros = torch.zeros(len(context), 1, dtype=self.dtype)
-        return DiagonalNormal(zeros, torch.ones_like(zeros))
-
-    def log_ratio(self, k, z, context):
-        return self.log_q(z[..., 0]) - self.base(k, context).log_prob(z)
-
-
-def two_modes(z):
-    parts = torch.stack([math.log(0.3) - (z + 1) ** 2 / (2 * 0.3**2), math.log(0.7) - (z - 1) ** 2 / (2 * 0.5**2)])
-    return torch.logsumexp(parts - torch.tensor([0.3, 0.5]).log().view(-1, *[1] * z.dim()), 0) - math.log(2 * math.pi) / 2
-
-
-def cdf(z):
-    return 0.3 * stats.norm.cdf(z, -1, 0.3) + 0.7 * stats.norm.cdf(z, 1, 0.5)
-
-
 def draw(sampler, prior, rows=None):
     context = torch.zeros(ROWS if rows is None else len(rows), 0)
     return sampler.draw(prior, 0, context, lambda purpose: Noise(0, purpose, rows=rows))
-
-
-def test_sir_on_an_exact_ratio_draws_from_the_target():
-    drawn = draw(SIR(SIR.Options(proposals=1000)), Known(two_modes))
-    assert stats.kstest(drawn.z[:, 0].numpy(), cdf).pvalue > 0.01
-    exact = 1 / np.trapezoid(
-        np.exp(2 * two_modes(t := torch.linspace(-8, 8, 40_001).double()).numpy()) / stats.norm.pdf(t), t
-    )
-    assert drawn.ess.mean().item() == pytest.approx(exact, abs=0.02)
-    assert (drawn.proposals == 1000).all()
-
-
-def test_sir_with_few_proposals_does_not_yet():
-    drawn = draw(SIR(SIR.Options(proposals=2)), Known(two_modes))
-    assert stats.kstest(drawn.z[:, 0].numpy(), cdf).pvalue < 1e-6
-
-
-@pytest.mark.parametrize("proposals", [1, 99, 250])
-def test_sir_draws_the_same_whatever_the_batch(proposals):
-    sampler, prior = SIR(SIR.Options(proposals=proposals)), Known(two_modes)
-    whole, part = draw(sampler, prior, range(50)), draw(sampler, prior, range(20, 30))
-    assert torch.equal(whole.z[20:30], part.z)
-    assert torch.allclose(whole.ess[20:30], part.ess)
-
-
-def test_sir_over_a_discrete_set_has_the_frequencies_of_exact_enumeration():
-    """M = 2 of a ratio that takes two values: the probability of keeping the better kind is known."""
-    ratio = 5.0
-
-    def log_q(z):
-        return math.log(ratio) * (z > 0) - z**2 / 2 - math.log(2 * math.pi) / 2
-
-    drawn = draw(SIR(SIR.Options(proposals=2)), Known(log_q))
-    expected = 0.25 + 0.5 * ratio / (1 + ratio)
-    kept = (drawn.z[:, 0] > 0).double().mean().item()
-    assert kept == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / ROWS))
-
-
-def test_chunks_of_proposals_reach_the_same_distribution(monkeypatch):
-    monkeypatch.setattr(samplers, "PROPOSALS_AT_ONCE", 37)
-    drawn = draw(SIR(SIR.Options(proposals=1000)), Known(two_modes))
-    assert stats.kstest(drawn.z[:, 0].numpy(), cdf).pvalue > 0.01
 
 
 @pytest.mark.parametrize("metropolis", [False, True])

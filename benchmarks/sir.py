@@ -1,0 +1,183 @@
+"""Draw groups by SIR with M = 5 000: the engine against the reference (``reference.py``), and against the machine's peak.
+
+Stacks of random classifiers of the shapes of mnist-nvae-lite (10 groups of 4x4) and of the CelebA-64 model (15 groups, 20
+channels at 8, 16 and 32 pixels). A stack's groups of one shape cost the same, so one of each shape is timed and counted as
+often as it occurs. Prints seconds per image, the ratio, and achieved FLOP/s next to a matrix product's.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from reference import Concatenating, sir
+
+from models.distributions import DiagonalNormal
+from models.protocol import Group
+from priors.ncp import NoiseContrastivePrior
+from priors.networks import MapScorer, NetworkOptions
+from priors.protocol import GroupPrior
+from priors.sir import SIR
+from runtime import hardware
+from runtime.randomness import Noise
+
+
+@dataclass
+class Shape:
+    """Groups of one shape: how many of them, channels and side of the latent map, channels of the context; the network."""
+
+    count: int
+    channels: int
+    side: int
+    context: int
+    network: NetworkOptions
+
+    def classifier(self) -> NoiseContrastivePrior:
+        """With random weights."""
+        group = Group(1, (self.channels, self.side, self.side), (self.context, self.side, self.side))
+        options = NoiseContrastivePrior.Options(steps=1, batch=2, network=self.network)
+        return NoiseContrastivePrior(options, group).to(hardware.device()).eval().requires_grad_(False)
+
+    def flop(self) -> float:
+        """Of the engine's convolutions, for one proposal: additions and multiplications."""
+        width, depth, side = self.network.width, self.network.depth, self.side
+        total = 9 * side**2 * (self.channels * width + 2 * depth * width**2)
+        for _ in range(self.network.halvings):
+            width, side = 2 * width, side // 2
+            total += 9 * side**2 * (width**2 // 2 + width**2 + 2 * depth * width**2) + side**2 * width**2 // 2
+        return 2 * total
+
+
+DEEP = NetworkOptions(width=64, depth=2, halvings=1)
+STACKS = {
+    "mnist-nvae-lite": [Shape(10, 1, 4, 48, NetworkOptions(width=32, depth=2))],
+    "CelebA-64": [Shape(5, 20, 8, 384, DEEP), Shape(5, 20, 16, 192, DEEP), Shape(5, 20, 32, 96, DEEP)],
+}
+
+
+class OneGroup:
+    """A prior of one group over N(0, I), as samplers see it."""
+
+    exact = False
+
+    def __init__(self, group: GroupPrior):
+        self.group = group
+
+    def base(self, k: int, context: torch.Tensor) -> DiagonalNormal:  # noqa: ARG002
+        """N(0, I) for each of the batch."""
+        zeros = context.new_zeros(len(context), *self.group.group.latent)
+        return DiagonalNormal(zeros, torch.ones_like(zeros))
+
+    def log_ratio(self, k: int, z: torch.Tensor, context: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """The group's."""
+        return self.group.log_ratio(z, context)
+
+    def prepare(self, k: int, context: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """The group's."""
+        return self.group.prepare(context)
+
+    def prepared_log_ratio(self, k: int, z: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """The group's."""
+        return self.group.prepared_log_ratio(z, prepared)
+
+    def footprint(self, k: int) -> int:  # noqa: ARG002
+        """The group's."""
+        return self.group.footprint
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds."""
+    started = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak(dtype: torch.dtype) -> float:
+    """FLOP/s of a matrix product of 2 048."""
+    a = torch.randn(2048, 2048, device=hardware.device()).to(dtype)
+    a @ a
+    return 2 * 2048**3 / statistics.median(timed(lambda: a @ a) for _ in range(9))
+
+
+@torch.no_grad()
+def measure(name: str, stack: list[Shape], images: int, proposals: int, rounds: int, with_reference: bool) -> None:
+    """Print a stack's table."""
+    device, totals = hardware.device(), {"engine, fp32": 0.0, "engine, auto": 0.0, "reference": 0.0}
+    print(f"\n{name}, M = {proposals}, {images} images at a time")
+    for shape in stack:
+        classifier = shape.classifier()
+        prior, context = OneGroup(classifier), torch.randn(images, shape.context, shape.side, shape.side, device=device)
+        assert isinstance(classifier.classifier, MapScorer)
+        plain = Concatenating(classifier.classifier).to(device)
+        engines = {
+            f"engine, {precision}": SIR(SIR.Options(proposals=proposals, precision=precision))
+            for precision in ("fp32", "auto")
+        }
+
+        def engine(sampler: SIR) -> None:
+            sampler.draw(prior, 0, context, lambda purpose: Noise(0, purpose, rows=range(images), device=device))  # noqa: B023
+
+        runs: dict[str, tuple[Callable[[], object], int]] = {
+            label: (lambda sampler=sampler: engine(sampler), images) for label, sampler in engines.items()
+        }
+        if with_reference:
+            runs["reference"] = (lambda: sir(plain, prior.base(0, context[:1]), context[:1], proposals), 1)  # noqa: B023
+        seconds: dict[str, list[float]] = {label: [] for label in runs}
+        for _ in range(rounds):
+            for label, (run, drawn) in runs.items():
+                hardware.keep_freed_memory(label != "reference")  # it has a process's defaults, the engine the pipeline's
+                seconds[label].append(timed(run) / drawn)
+        for label, found in seconds.items():
+            median = statistics.median(found)
+            totals[label] += shape.count * median
+            rate = shape.flop() * proposals / median / 1e9
+            print(f"  {shape.count} groups of {shape.channels}x{shape.side}x{shape.side:<3d} {label:14s} "
+                  f"{shape.count * median:9.3f} s an image   {rate:8.0f} GFLOP/s")  # fmt: skip
+    for label, total in totals.items():
+        if total:
+            print(f"  all groups {label:14s} {total:9.3f} s an image   {totals['reference'] / total:6.2f} x")
+
+
+def memory(proposals: int) -> int:
+    """Peak resident memory, KiB, of a process that draws a group of the small stack with M proposals."""
+    code = (
+        "import resource, sir as b, torch\n"
+        "torch.set_num_threads(1)\n"
+        "torch.set_grad_enabled(False)\n"
+        "shape = b.STACKS['mnist-nvae-lite'][0]\n"
+        "prior, context = b.OneGroup(shape.classifier()), torch.randn(4, shape.context, shape.side, shape.side)\n"
+        f"sampler = b.SIR(b.SIR.Options(proposals={proposals}))\n"
+        "sampler.draw(prior, 0, context, lambda purpose: b.Noise(0, purpose, rows=range(4)))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=sys.path[0])
+    return int(found.stdout)
+
+
+def main() -> None:
+    """Both stacks, then the memory."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--proposals", type=int, default=5000)
+    parser.add_argument("--images", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--stack", choices=list(STACKS), action="append")
+    parser.add_argument("--engine-only", action="store_true")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{hardware.device_name()}, one thread: a matrix product of 2 048 makes "
+          f"{peak(torch.float32) / 1e9:.0f} GFLOP/s in fp32, {peak(torch.bfloat16) / 1e9:.0f} in bf16")  # fmt: skip
+    for name in chosen.stack or STACKS:
+        measure(name, STACKS[name], chosen.images, chosen.proposals, chosen.rounds, not chosen.engine_only)
+    if not torch.cuda.is_available():
+        few, many = memory(500), memory(50_000)
+        print(f"\npeak memory of a process: M = 500 {few} KiB, M = 50 000 {many} KiB, {many / few:.3f} times as much")
+
+
+if __name__ == "__main__":
+    main()

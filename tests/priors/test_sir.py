@@ -1,0 +1,166 @@
+"""SIR: against distributions known exactly, against the formula written out, and whatever its chunks and batches are."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracles import Known, cdf, two_modes
+from reference import Concatenating, sir
+from scipy import stats
+
+from models.distributions import DiagonalNormal
+from models.protocol import Group
+from priors import sir as engine
+from priors.ncp import NoiseContrastivePrior
+from priors.networks import NetworkOptions
+from priors.sir import SIR
+from runtime import hardware
+from runtime.randomness import Noise
+
+ROWS = 20_000
+
+
+def draw(sampler, prior, rows=None):
+    context = torch.zeros(ROWS if rows is None else len(rows), 0)
+    return sampler.draw(prior, 0, context, lambda purpose: Noise(0, purpose, rows=rows))
+
+
+def test_sir_on_an_exact_ratio_draws_from_the_target():
+    drawn = draw(SIR(SIR.Options(proposals=1000)), Known(two_modes))
+    assert stats.kstest(drawn.z[:, 0].numpy(), cdf).pvalue > 0.01
+    exact = 1 / np.trapezoid(
+        np.exp(2 * two_modes(t := torch.linspace(-8, 8, 40_001).double()).numpy()) / stats.norm.pdf(t), t
+    )
+    assert drawn.ess.mean().item() == pytest.approx(exact, abs=0.02)
+    assert (drawn.proposals == 1000).all()
+
+
+def test_sir_with_few_proposals_does_not_yet():
+    drawn = draw(SIR(SIR.Options(proposals=2)), Known(two_modes))
+    assert stats.kstest(drawn.z[:, 0].numpy(), cdf).pvalue < 1e-6
+
+
+@pytest.mark.parametrize("proposals", [1, 99, 250])
+def test_sir_draws_the_same_whatever_the_batch(proposals):
+    sampler, prior = SIR(SIR.Options(proposals=proposals)), Known(two_modes)
+    whole, part = draw(sampler, prior, range(50)), draw(sampler, prior, range(20, 30))
+    assert torch.equal(whole.z[20:30], part.z)
+    assert torch.allclose(whole.ess[20:30], part.ess)
+
+
+def test_sir_over_a_discrete_set_has_the_frequencies_of_exact_enumeration():
+    """M = 2 of a ratio that takes two values: the probability of keeping the better kind is known."""
+    ratio = 5.0
+
+    def log_q(z):
+        return math.log(ratio) * (z > 0) - z**2 / 2 - math.log(2 * math.pi) / 2
+
+    drawn = draw(SIR(SIR.Options(proposals=2)), Known(log_q))
+    expected = 0.25 + 0.5 * ratio / (1 + ratio)
+    kept = (drawn.z[:, 0] > 0).double().mean().item()
+    assert kept == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / ROWS))
+
+
+TILT = 0.8
+
+
+class Tilted(Known):
+    """log r = TILT z, by a matrix product: the target is N(TILT, 1)."""
+
+    def log_ratio(self, k, z, context):
+        return torch.nn.functional.linear(z.float(), torch.tensor([[TILT]]))[..., 0]
+
+
+@pytest.mark.parametrize("elements", [50, 1000, 2**19])
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_every_chunk_size_and_precision_draws_from_the_target(monkeypatch, elements, precision):
+    monkeypatch.setattr(engine, "elements_at_once", lambda kind: elements * 100)
+    monkeypatch.setattr(hardware, "gains_from_bf16", lambda kind: True)
+    drawn = draw(SIR(SIR.Options(proposals=400, precision=precision)), Tilted(None))
+    assert stats.kstest(drawn.z[:, 0].numpy(), stats.norm(TILT, 1).cdf).pvalue > 0.01
+    edges = stats.norm.ppf(np.linspace(0, 1, 11)[1:-1], TILT, 1)
+    counts = np.bincount(np.searchsorted(edges, drawn.z[:, 0].numpy()), minlength=10)
+    assert stats.chisquare(counts).pvalue > 0.01
+
+
+def test_stopping_at_an_effective_sample_size_biases_little():
+    """Weights e^(TILT z) of up to 40 times their mean: what is drawn differs from the target by less than 2 % anywhere."""
+    fixed = draw(SIR(SIR.Options(proposals=2000)), Tilted(None))
+    adaptive = draw(SIR(SIR.Options(proposals=2000, until_ess=100)), Tilted(None))
+    assert stats.kstest(fixed.z[:, 0].numpy(), stats.norm(TILT, 1).cdf).statistic < 0.012
+    assert stats.kstest(adaptive.z[:, 0].numpy(), stats.norm(TILT, 1).cdf).statistic < 0.02
+    used = adaptive.proposals
+    assert (used % engine.BLOCK == 0).all()
+    assert (adaptive.ess * used >= 100)[used < 2000].all()
+    exact = math.exp(-(TILT**2))  # ESS / M of an exponential tilt of a Normal
+    assert used.mean().item() == pytest.approx(100 / exact, rel=0.35)
+    flat = draw(SIR(SIR.Options(proposals=2000, until_ess=50)), Known(lambda z: -(z**2) / 2))
+    assert (flat.proposals == engine.BLOCK).all()
+
+
+def test_adaptive_draws_do_not_depend_on_the_batch():
+    sampler = SIR(SIR.Options(proposals=1000, until_ess=120))
+    whole, part = draw(sampler, Tilted(None), range(50)), draw(sampler, Tilted(None), range(20, 30))
+    assert whole.proposals.unique().numel() > 1
+    for name in ("z", "ess", "proposals"):
+        assert torch.equal(getattr(whole, name)[20:30], getattr(part, name))
+
+
+class Classified:
+    """One group with a convolutional classifier over N(0, 1) maps."""
+
+    exact = False
+
+    def __init__(self):
+        torch.manual_seed(0)
+        options = NoiseContrastivePrior.Options(steps=1, batch=2, network=NetworkOptions(width=16, depth=1))
+        self.group = NoiseContrastivePrior(options, Group(1, (2, 4, 4), (5, 4, 4))).eval().requires_grad_(False)
+        self.group.classifier.judge[-1].weight *= 20  # so that weights differ
+
+    def base(self, k, context):
+        zeros = torch.zeros(len(context), 2, 4, 4)
+        return DiagonalNormal(zeros, torch.ones_like(zeros))
+
+    def prepare(self, k, context):
+        return self.group.prepare(context)
+
+    def prepared_log_ratio(self, k, z, prepared):
+        return self.group.prepared_log_ratio(z, prepared)
+
+    def footprint(self, k):
+        return self.group.footprint
+
+
+def drawn_maps(prior, proposals, rows, precision="fp32"):
+    contexts = Noise(0, "contexts", rows=range(30)).normal((), (30, 5, 4, 4))[list(rows)]
+    sampler = SIR(SIR.Options(proposals=proposals, precision=precision))
+    return sampler.draw(prior, 0, contexts, lambda purpose: Noise(0, purpose, rows=rows))
+
+
+def test_in_fp32_no_bit_depends_on_chunks_or_batches(monkeypatch):
+    prior = Classified()
+    whole = drawn_maps(prior, 250, range(30))
+    assert whole.ess.max() < 0.95
+    for elements in (1, 7 * 256, 300 * 256, 2**24):
+        monkeypatch.setattr(engine, "elements_at_once", lambda kind, elements=elements: elements)
+        for rows in (range(30), range(3, 4), range(10, 27)):
+            part = drawn_maps(prior, 250, rows)
+            for name in ("z", "ess", "proposals"):
+                assert torch.equal(getattr(whole, name)[list(rows)], getattr(part, name)), (elements, rows, name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_the_engine_draws_as_the_formula_does(monkeypatch, precision):
+    """The kept z's first coordinate, and its log r: two samples from the same distribution."""
+    monkeypatch.setattr(hardware, "gains_from_bf16", lambda kind: True)
+    prior, images, proposals = Classified(), 20_000, 20
+    context = Noise(0, "contexts", rows=range(30)).normal((), (30, 5, 4, 4))[:1]
+    plain = Concatenating(prior.group.classifier).eval()
+    torch.manual_seed(0)
+    base = prior.base(0, context)
+    expected = torch.cat([sir(plain, base, context, proposals) for _ in range(images // 10)])
+    sampler = SIR(SIR.Options(proposals=proposals, precision=precision))
+    drawn = sampler.draw(prior, 0, context.expand(images, -1, -1, -1), lambda purpose: Noise(1, purpose)).z
+    for statistic in (lambda z: z[:, 0, 0, 0], lambda z: prior.group.log_ratio(z[:, None], context)[:, 0]):
+        assert stats.ks_2samp(statistic(expected).numpy(), statistic(drawn).numpy()).pvalue > 0.01
