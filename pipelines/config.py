@@ -104,7 +104,9 @@ class Experiment(Options):
         for sampler in prior.samplers:
             if sampler not in self.samplers:
                 raise ValueError(f"priors.{name}.samplers: {sampler!r} is not among the experiment's samplers")
-            why = SAMPLERS[self.samplers[sampler].method](self.samplers[sampler]).refuses(PRIORS[prior.method].exact)
+            chain = [PRIORS[prior.method], *([PRIORS[self.priors[prior.base].method]] if prior.base in self.priors else [])]
+            traits = (chain[0].exact, all(method.smooth for method in chain))
+            why = SAMPLERS[self.samplers[sampler].method](self.samplers[sampler]).refuses(*traits)
             if why is not None:
                 raise ValueError(f"priors.{name}.samplers: {sampler!r} does not fit: {why}")
         if self.sample.temperature != 1 and PRIORS[prior.method].base is not GroupPrior.base:

@@ -21,7 +21,7 @@ from metrics.likelihood import (
     mean_and_error,
 )
 from models.protocol import by_posterior, descend
-from pipelines.config import BASELINE, plain
+from pipelines.config import BASELINE, Experiment, plain
 from pipelines.results import Row
 from pipelines.work import Seeded, under_floor
 from priors.protocol import Prior
@@ -142,7 +142,7 @@ class Evaluation:
         self, found: dict[str, Tensor], pools: dict[str, Pool], options: LikelihoodOptions
     ) -> Iterator[Row]:
         how = f"{options.samples} importance samples"
-        samplers = {s.proposals: name for name, s in self.at.experiment.samplers.items() if s.method == "sir"}
+        samplers = sir_of_size(self.at.experiment)
         for key, values in found.items():
             prior, _, what = key.partition("/")
             if prior == "seconds":
@@ -248,6 +248,15 @@ class Evaluation:
     @cached_property
     def _reference(self) -> Tensor:
         return self._network(self.at.dataset.images("train"))
+
+
+def sir_of_size(experiment: Experiment) -> dict[int, str]:
+    """Names of the SIR samplers that always draw M proposals, by M."""
+    return {
+        options.proposals: name
+        for name, options in experiment.samplers.items()
+        if options.method == "sir" and options.until_ess is None
+    }
 
 
 def spread(examples: Tensor, count: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from datasets.registry import Truth, spec
 from models.protocol import by_posterior, descend
+from pipelines.evaluation import sir_of_size
 from pipelines.work import Seeded
 from runtime import hardware
 from runtime.errors import UserError
@@ -219,12 +220,7 @@ def _hole(at: Seeded, corrected: str) -> Figure:
         return codes[-1]
 
     descend(at.vae, len(x), choose)
-    sampled = {
-        at.experiment.samplers[name].proposals: name
-        for name in options.samplers
-        if at.experiment.samplers[name].method == "sir"
-    }
-    sampler = sampled[max(sampled)]
+    sampler = max((size, name) for size, name in sir_of_size(at.experiment).items() if name in options.samplers)[1]
     drawn = at.samples(corrected, sampler)["z/k00"]
     ticks = torch.linspace(-PLANE, PLANE, CELLS)
     plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).view(-1, 1, 2).to(device)

@@ -54,6 +54,8 @@ class GaussianMixturePrior(FittedPrior):
     would be worse than the model's own conditional prior.
     """
 
+    smooth = False
+
     class Options(FittedPrior.Options):
         """``components``: number of full-covariance Gaussians."""
 

@@ -26,6 +26,7 @@ class GroupPrior(nn.Module):
     """The prior of one group: base(z | c) r(z, c) / Z(c). This class corrects nothing: it is the base itself."""
 
     exact: ClassVar[bool] = True  # r = 1: the density needs no normaliser, and the base can be sampled directly
+    smooth: ClassVar[bool] = True  # the base is drawn as a smooth function of one Normal number per coordinate
 
     class Options(options.Options):
         """Settings of the method, as they stand in params.yaml."""
@@ -124,6 +125,7 @@ class Prior:
     def __init__(self, model: HierarchicalVAE, groups: Sequence[GroupPrior], below: "Prior | None" = None):
         self.model, self.groups, self.below = model, groups, below
         self.exact = all(group.exact for group in groups)
+        self.smooth: bool = all(group.smooth for group in groups) and (below is None or below.smooth)
 
     @property
     def device(self) -> torch.device:

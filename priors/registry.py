@@ -1,10 +1,11 @@
 """Every prior method and every sampler that params.yaml can name."""
 
 from priors.gmm import GaussianMixturePrior
+from priors.langevin import JointLangevin, Langevin
 from priors.ncp import NoiseContrastivePrior
 from priors.normal import NormalPrior
 from priors.protocol import GroupPrior
-from priors.samplers import Ancestral, Langevin, Sampler
+from priors.samplers import Ancestral, Sampler
 from priors.sir import SIR
 
 PRIORS: dict[str, type[GroupPrior]] = {
@@ -13,4 +14,9 @@ PRIORS: dict[str, type[GroupPrior]] = {
     "ncp": NoiseContrastivePrior,
 }
 
-SAMPLERS: dict[str, type[Sampler]] = {"ancestral": Ancestral, "sir": SIR, "langevin": Langevin}
+SAMPLERS: dict[str, type[Sampler]] = {
+    "ancestral": Ancestral,
+    "sir": SIR,
+    "langevin": Langevin,
+    "joint-langevin": JointLangevin,
+}

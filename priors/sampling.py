@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.protocol import HierarchicalVAE, LearnedPrior, descend
-from priors.samplers import Sampler
+from models.protocol import HierarchicalVAE, LearnedPrior
+from priors.samplers import Sampler, Streams
 from runtime.randomness import Noise
 
 Decoding = Literal["mean", "sample"]
@@ -38,17 +38,13 @@ def draw(
         ``x`` (rows, *data shape), and for every group k ``z/k00``, ``ess/k00``, ``proposals/k00``, ``acceptance/k00``.
     """
     device = next(model.parameters()).device
-    found: dict[str, Tensor] = {}
 
-    def choose(k: int, context: Tensor) -> Tensor:
-        drawn = sampler.draw(
-            prior, k, context, lambda stream: Noise(seed, f"{purpose}-{stream}", k, rows=rows, device=device)
-        )
-        for name, value in vars(drawn).items():
-            found[f"{name}/k{k:02d}"] = value
-        return drawn.z
+    def streams(k: int) -> Streams:
+        return lambda stream: Noise(seed, f"{purpose}-{stream}", k, rows=rows, device=device)
 
-    decoded = model.decode(descend(model, len(rows), choose))
+    context, groups = sampler.top_down(model, prior, len(rows), streams)
+    found = {f"{name}/k{k:02d}": value for k, drawn in enumerate(groups) for name, value in vars(drawn).items()}
+    decoded = model.decode(context)
     noise = Noise(seed, f"{purpose}-decoder", rows=rows, device=device)
     return {"x": decoded.mean if decoding == "mean" else decoded.draw(noise)} | found
 

@@ -144,9 +144,9 @@ def test_the_example_prior_of_the_readme_works_with_every_sampler(tmp_path, monk
     loader.loader.exec_module(module)
     registered = eval("{" + line[1] + "}", vars(module))
     from models.mlp import MLPVAE
+    from priors.langevin import Langevin
     from priors.protocol import GroupPrior, Prior
     from priors.registry import PRIORS
-    from priors.samplers import Langevin
     from priors.sampling import draw
     from priors.sir import SIR
     from priors.trainer import Slot, learn

@@ -7,9 +7,10 @@ import torch
 from oracles import Known
 
 from models.distributions import DiagonalNormal
-from priors import samplers
+from models.protocol import Group
 from priors.gmm import Mixture
-from priors.samplers import Ancestral, Langevin
+from priors.langevin import JointLangevin, Langevin, chain_ess_fraction
+from priors.samplers import Ancestral
 from runtime.randomness import Noise
 
 ROWS = 20_000
@@ -48,6 +49,46 @@ def test_langevin_finds_the_covariance_of_two_dimensions():
     assert torch.allclose(torch.cov(drawn.z.T), torch.linalg.inv(precision), atol=0.05)
 
 
+class Ladder(torch.nn.Module):
+    """Two groups of one coordinate: z_0 ~ N(0, 1), z_1 ~ N(0.5 z_0, 0.5²); the context is the last z."""
+
+    groups = 2
+
+    def layout(self):
+        return [Group(k, (1,), (1,)) for k in range(2)]
+
+    def start(self, batch):
+        return torch.zeros(batch, 1)
+
+    def advance(self, k, context, z):
+        return z
+
+
+class Pulled:
+    """log r of group 1 is -(z_1 - 1)²/2, of group 0 nothing: the posterior of z_0 given an observation of z_1, jointly."""
+
+    exact = False
+
+    def base(self, k, context):
+        return DiagonalNormal(0.5 * context, torch.full_like(context, 1.0 if k == 0 else 0.5))
+
+    def log_ratio(self, k, z, context):
+        return -((z[..., 0] - 1) ** 2) / 2 if k else z.new_zeros(z.shape[:-1])
+
+
+def test_joint_langevin_lets_an_earlier_group_answer_to_a_later_ones_ratio():
+    """p(z_0, z_1) r(z_1) is Normal: its moments follow from conditioning on an observation of z_1 with variance 1."""
+    options = JointLangevin.Options(steps=200, step_size=0.5, metropolis=True)
+    _, (first, second) = JointLangevin(options).top_down(Ladder(), Pulled(), ROWS, lambda k: lambda name: Noise(0, name, k))
+    variance = 0.5**2 + 0.25  # of z_1 under the base
+    gain = torch.tensor([0.5, variance]) / (variance + 1)
+    for z, mean, var in ((first.z, gain[0], 1 - 0.5 * gain[0]), (second.z, gain[1], variance * (1 - gain[1]))):
+        assert z.mean().item() == pytest.approx(mean.item(), abs=0.03)
+        assert z.var().item() == pytest.approx(var.item(), rel=0.04)
+    assert torch.equal(first.acceptance, second.acceptance)
+    assert 0.5 < first.acceptance.mean() < 1
+
+
 def test_the_effective_sample_size_of_a_chain_is_that_of_its_autocorrelation():
     """A first-order autoregression with coefficient a has (1 − a)/(1 + a) of its states' worth."""
     noise = Noise(0, "chain").normal((4000,), (200,)).double()
@@ -56,8 +97,8 @@ def test_the_effective_sample_size_of_a_chain_is_that_of_its_autocorrelation():
         for step in noise:
             state = a * state + math.sqrt(1 - a**2) * step
             trace.append(state)
-        assert samplers.chain_ess_fraction(torch.stack(trace)).mean().item() == pytest.approx((1 - a) / (1 + a), rel=0.1)
-    assert (samplers.chain_ess_fraction(torch.ones(50, 3)) == 1 / 50).all()
+        assert chain_ess_fraction(torch.stack(trace)).mean().item() == pytest.approx((1 - a) / (1 + a), rel=0.1)
+    assert (chain_ess_fraction(torch.ones(50, 3)) == 1 / 50).all()
 
 
 def test_ancestral_draws_a_mixture_with_its_weights():
@@ -82,8 +123,8 @@ def test_ancestral_draws_a_mixture_with_its_weights():
 
 
 def test_ancestral_refuses_a_prior_that_corrects():
-    assert "sir or langevin" in Ancestral(Ancestral.Options()).refuses(exact=False)
-    assert Ancestral(Ancestral.Options()).refuses(exact=True) is None
+    assert "sir or langevin" in Ancestral(Ancestral.Options()).refuses(exact=False, smooth=True)
+    assert Ancestral(Ancestral.Options()).refuses(exact=True, smooth=False) is None
 
 
 def test_a_temperature_narrows_the_base_and_leaves_the_ratio(tmp_path):
