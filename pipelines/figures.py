@@ -12,6 +12,7 @@ import torch
 
 from datasets.registry import Truth, spec
 from models.protocol import by_posterior, descend
+from pipelines import results
 from pipelines.evaluation import sir_of_size
 from pipelines.work import Seeded
 from runtime import hardware
@@ -39,7 +40,12 @@ def of_results(frame: pd.DataFrame, folder: Path) -> Iterator[Path]:
         The paths written.
     """
     for experiment, own in frame.groupby("experiment"):
-        drawings = {"convergence": _convergence, "nce-ess": _nce_against_ess, "groups": _by_group}
+        drawings = {
+            "convergence": _convergence,
+            "nce-ess": _nce_against_ess,
+            "groups": _by_group,
+            "tradeoff": _trade_off,
+        }
         for name, draw in drawings.items():
             figure = draw(str(experiment), own)
             if figure is not None:
@@ -172,6 +178,38 @@ def _gain_against_base(dataset: str, frame: pd.DataFrame) -> Figure | None:
     axis.axhline(0, linewidth=1, color="0.5")
     axis.set(xlabel="log-likelihood of the base (nats)", ylabel="gain, sampler bound (nats)", title=dataset)
     axis.legend(fontsize=8)
+    return figure
+
+
+PAPERS_POINTS = {"M = 500": (1.25, 6.76), "M = 5 000": (10.11, 5.25)}
+"""Seconds per image on a V100 and FID of SIR on CelebA-64, as NCP-VAE's authors gave them."""
+
+
+def _trade_off(experiment: str, frame: pd.DataFrame) -> Figure | None:
+    """Image quality against seconds per image, a line per family of samplers; beside it the paper's two points."""
+    costs = results.trade_off(frame)
+    if costs.empty:
+        return None
+    quality = costs.attrs["qualities"][0]
+    yardsticks = frame[(frame.metric == quality) & (frame.sampler.isin(["", "ancestral"]))]
+    figure, (axis, *paper) = _panels(2 if quality.startswith("fid") else 1, 5.0)
+    families = costs.sampler.str.replace(r"-\d+$", "", regex=True)
+    for (prior, family), points in costs.groupby(["prior", families]):
+        seconds, values = points["seconds-per-image"], points[quality]
+        axis.errorbar(seconds, values, points[f"{quality} interval"], marker="o", capsize=3, label=f"{prior} by {family}")
+        for name, x, y in zip(points.sampler, seconds, values, strict=True):
+            axis.annotate(name.removeprefix(f"{family}-"), (x, y), fontsize=7, xytext=(3, 4), textcoords="offset points")
+    for row in yardsticks.itertuples():
+        axis.axhline(row.value, linestyle="--", linewidth=1, color="0.5")
+        axis.annotate(row.prior, (0.01, row.value), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+    axis.set(xscale="log", xlabel="seconds per image", ylabel=quality, title=experiment)
+    axis.legend(fontsize=8)
+    for beside in paper:
+        for name, point in PAPERS_POINTS.items():
+            beside.plot(*point, "s", color="0.3")
+            beside.annotate(name, point, fontsize=8, xytext=(5, 5), textcoords="offset points")
+        beside.set(xscale="log", xlim=(0.5, 50), ylim=(0, 8), xlabel="seconds per image, V100", ylabel="FID")
+        beside.set_title("the paper's points: CelebA-64, SIR")
     return figure
 
 

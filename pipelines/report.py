@@ -57,6 +57,7 @@ def tables(frame: pd.DataFrame) -> Iterator[str]:
             yield f"The truth's own expected log-likelihood, which no model exceeds, is {truth.ceiling:.3f} nats.\n"
         for prior, difference in _optimism(own):
             yield f"{prior}: the plug-in exceeds the sampler bound by {difference:.4f} nats at the largest N and M.\n"
+        yield from _trade_off(own)
         shown = own[own.metric.str.fullmatch(SHOWN)]
         yield "| metric | prior | sampler | mean | 95 % interval | unit | n |\n| --- | --- | --- | --- | --- | --- | --- |"
         for row in shown.sort_values(["metric", "prior", "sampler"]).itertuples():
@@ -73,6 +74,20 @@ def _optimism(frame: pd.DataFrame) -> Iterator[tuple[str, float]]:
     for prior, own in bounds.groupby("prior"):
         plugin = frame[(frame.metric == "loglik-plugin") & (frame.prior == prior)].value.item()
         yield str(prior), plugin - own.sort_values("m").value.iloc[-1]
+
+
+def _trade_off(frame: pd.DataFrame) -> Iterator[str]:
+    """Markdown: what each sampler costs and what it gives, of priors that are drawn from by several samplers."""
+    costs = results.trade_off(frame)
+    if costs.empty:
+        return
+    shown = ["seconds-per-image", "proposals-per-image", *costs.attrs["qualities"], "ess-fraction", "mmd2"]
+    yield f"| prior | sampler | {' | '.join(shown)} |\n| --- | --- |{' --- |' * len(shown)}"
+    for row in costs.to_dict("records"):
+        cells = [f"{row[name]:.3g} ± {row[name + ' interval']:.1g}" for name in shown[:-2]]
+        cells += [f"{row[name]:.3g}" for name in shown[-2:]]
+        yield f"| {row['prior']} | {row['sampler']} | {' | '.join(cells)} |"
+    yield "\nESS as a fraction, and squared MMD, are means over the groups.\n"
 
 
 def _unit(row: Any) -> str:

@@ -125,6 +125,33 @@ def read(path: Path, made_by: str) -> pd.DataFrame:
     return table
 
 
+def trade_off(frame: pd.DataFrame) -> pd.DataFrame:
+    """Cost and quality of every sampler, of one experiment's priors that are drawn from by at least three.
+
+    Args:
+        frame: rows of :func:`over_seeds`.
+
+    Returns:
+        One row per prior and sampler, cheapest first, with a column for each metric of cost and of image quality, another
+        for its ``interval``, and the means over groups of ``ess-fraction`` and ``mmd2``; empty if there is no such prior.
+        ``attrs["qualities"]`` names the metrics of image quality.
+    """
+    own = frame[(frame.sampler != "") & ~frame.metric.str.startswith("loglik")]
+    own = own[own.groupby("prior").sampler.transform("nunique") >= 3]
+    qualities = sorted(name for name in own.metric.unique() if re.match("fid|kid|off-mode", name))
+    wide = pd.DataFrame(index=own.set_index(["prior", "sampler"]).index.unique())
+    for name in ("seconds-per-image", "proposals-per-image", *qualities):
+        rows = own[own.metric == name].set_index(["prior", "sampler"])
+        wide[name], wide[f"{name} interval"] = rows.value, rows.interval
+    for name in ("ess-fraction", "mmd2"):
+        wide[name] = own[own.metric.str.startswith(f"{name}/")].groupby(["prior", "sampler"]).value.mean()
+    wide = wide.reset_index()
+    if len(wide):
+        wide = wide.sort_values(["prior", "seconds-per-image"])
+    wide.attrs["qualities"] = qualities
+    return wide
+
+
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds with the half-width of a 95 % interval.
 
