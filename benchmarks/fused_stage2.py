@@ -6,8 +6,8 @@ from timing import compare
 from models.nvae import NVAE
 from priors.ncp import NoiseContrastivePrior
 from priors.networks import NetworkOptions
-from priors.protocol import GroupPrior, Prior
-from priors.trainer import Pair, pairs
+from priors.protocol import GroupPrior, Pair, Prior
+from priors.trainer import pairs
 from runtime import hardware
 from runtime.hardware import autocast
 
@@ -29,7 +29,7 @@ def main() -> None:
     x = (torch.rand(BATCH, 1, 28, 28, device=device) < 0.2).float()
 
     def learn(k: int, pair: Pair) -> None:
-        terms = priors[k].loss(pair.posterior, pair.base, pair.context, 0)
+        terms = priors[k].loss(pair, 0)
         optimizers[k].zero_grad()
         sum(terms.values()).backward()
         optimizers[k].step()

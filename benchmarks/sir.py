@@ -63,6 +63,7 @@ class OneGroup:
     """A prior of one group over N(0, I), as samplers see it."""
 
     exact = False
+    proposes = False
 
     def __init__(self, group: GroupPrior):
         self.group = group
@@ -71,6 +72,10 @@ class OneGroup:
         """N(0, I) for each of the batch."""
         zeros = context.new_zeros(len(context), *self.group.group.latent)
         return DiagonalNormal(zeros, torch.ones_like(zeros))
+
+    def proposal(self, k: int, context: torch.Tensor) -> DiagonalNormal:
+        """The base."""
+        return self.base(k, context)
 
     def log_ratio(self, k: int, z: torch.Tensor, context: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         """The group's."""

@@ -10,6 +10,9 @@ two numbers for it:
   base(z) r(z) / ((1/M) (r(z) + Σ_{j≥2} r(z_j))), z_j ~ base (Lawson et al. 2019). A product of unbiased estimates inside the
   log leaves a rigorous lower bound.
 
+A prior may have a proposal density g of its own instead of the base: then w = base·r / g takes r's place in Ẑ and in the
+normaliser of SIR.
+
 Both tend to the energy-based prior's value as N and M grow.
 """
 
@@ -94,15 +97,23 @@ class Pool:
         return max(between, math.sqrt(max(0.0, inverse_ess - 1 / len(self.log_r))))
 
 
+def proposal_weight(prior: LearnedPrior, k: int, z: Tensor, context: Tensor) -> Tensor:
+    """log w = log r + log base − log proposal of z (*lead, batch, *latent), shape (*lead, batch): log r for most priors."""
+    log_r = prior.log_ratio(k, z, context).float()
+    if not prior.proposes:
+        return log_r
+    return log_r + (prior.base(k, context).log_prob(z) - prior.proposal(k, context).log_prob(z)).float()
+
+
 @torch.no_grad()
 def fill_pool(model: HierarchicalVAE, prior: LearnedPrior, seed: int, size: int, report: Report = silent) -> Pool:
     """Score ``size`` base samples of the first group, telling ``report`` of the progress."""
     context = model.start(1)
-    noise, base = Noise(seed, "pool", device=context.device), prior.base(0, context)
+    noise, proposal = Noise(seed, "pool", device=context.device), prior.proposal(0, context)
     chunk, scores = 2**12, []
     for first in range(0, size, chunk):
-        scores.append(prior.log_ratio(0, base.draw(noise, (min(chunk, size - first),)), context))
-        report(min(first + chunk, size), size, "base samples of the first group")
+        scores.append(proposal_weight(prior, 0, proposal.draw(noise, (min(chunk, size - first),)), context))
+        report(min(first + chunk, size), size, "proposals of the first group")
     return Pool(torch.cat(scores).flatten().float())
 
 
@@ -113,12 +124,12 @@ def _marks(options: LikelihoodOptions) -> list[int]:
 
 def _fresh_log_sums(prior: LearnedPrior, k: int, context: Tensor, noise: Noise, marks: Sequence[int]) -> dict[int, Tensor]:
     """log Σ r over the first n of a stream of base samples, in every context: n -> (batch,), in constant memory."""
-    base, running, found, done = prior.base(k, context), context.new_full((len(context),), -math.inf), {}, 0
+    proposal, running, found, done = prior.proposal(k, context), context.new_full((len(context),), -math.inf), {}, 0
     for mark in marks:
         while done < mark:
             count = min(PROPOSALS_AT_ONCE, mark - done)
-            log_r = prior.log_ratio(k, base.draw(noise, (count,)), context).float()
-            running = torch.logaddexp(running, log_r.logsumexp(0))
+            log_w = proposal_weight(prior, k, proposal.draw(noise, (count,)), context)
+            running = torch.logaddexp(running, log_w.logsumexp(0))
             done += count
         found[mark] = running
     return found
@@ -168,17 +179,18 @@ def log_likelihoods(
         for name, prior in priors.items():
             log_base[name] += prior.base(k, context).log_prob(z)
             if not prior.exact:
-                log_r = prior.log_ratio(k, z, context).float()
+                log_w = proposal_weight(prior, k, z, context)
+                log_r = prior.log_ratio(k, z, context).float() if prior.proposes else log_w
                 log_base[name] += log_r
                 sums = (
                     {mark: pools[name].log_sums(mark, rows, S) for mark in marks}
                     if k == 0
                     else _fresh_log_sums(prior, k, context, stream(f"normaliser-{name}", k), marks)
                 )
-                _add_normalisers(name, sums, log_r, options, log_norm)
+                _add_normalisers(name, sums, log_w, options, log_norm)
                 for n in options.normaliser:
                     by_group[f"{name}/log-z/k{k:02d}/{n}"] = (sums[n] - math.log(n)).view(S, -1).mean(0)
-                gain = log_r - _sampler_normaliser(sums, log_r, max(options.proposals))
+                gain = log_r - _sampler_normaliser(sums, log_w, max(options.proposals))
                 by_group[f"{name}/elbo-gain/k{k:02d}"] = gain.view(S, -1).mean(0)
         return z
 
@@ -193,17 +205,17 @@ def log_likelihoods(
     return exact | corrected | by_group
 
 
-def _sampler_normaliser(sums: Mapping[int, Tensor], log_r: Tensor, m: int) -> Tensor:
-    """log of the mean of r over z itself and m − 1 base samples."""
-    return (torch.logaddexp(log_r, sums[m - 1]) if m > 1 else log_r) - math.log(m)
+def _sampler_normaliser(sums: Mapping[int, Tensor], log_w: Tensor, m: int) -> Tensor:
+    """log of the mean of w over z itself and m − 1 proposals."""
+    return (torch.logaddexp(log_w, sums[m - 1]) if m > 1 else log_w) - math.log(m)
 
 
 def _add_normalisers(
-    name: str, sums: Mapping[int, Tensor], log_r: Tensor, options: LikelihoodOptions, log_norm: dict[str, Tensor]
+    name: str, sums: Mapping[int, Tensor], log_w: Tensor, options: LikelihoodOptions, log_norm: dict[str, Tensor]
 ) -> None:
     """Add this group's log normalisers to the running sums over groups, one for each N and each M."""
     terms = {f"{name}/plugin/{n}": sums[n] - math.log(n) for n in options.normaliser}
-    terms |= {f"{name}/sampler/{m}": _sampler_normaliser(sums, log_r, m) for m in options.proposals}
+    terms |= {f"{name}/sampler/{m}": _sampler_normaliser(sums, log_w, m) for m in options.proposals}
     for key, term in terms.items():
         log_norm[key] = log_norm.get(key, 0) + term
 

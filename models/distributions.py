@@ -17,6 +17,11 @@ class Distribution(Protocol):
     """A distribution over (batch, *event)."""
 
     @property
+    def mean(self) -> Tensor:
+        """Mean of every coordinate, shape (batch, *event)."""
+        ...
+
+    @property
     def variance(self) -> Tensor:
         """Variance of every coordinate, shape (batch, *event)."""
         ...

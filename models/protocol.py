@@ -128,11 +128,18 @@ def descend(model: HierarchicalVAE, batch: int, choose: Choose) -> Tensor:
 class LearnedPrior(Protocol):
     """A prior over a model's groups: p(z_k | c_k) = base(z_k | c_k) r(z_k, c_k) / Z_k(c_k)."""
 
+    proposes: bool
+    """Whether :meth:`proposal` is another density than the base."""
+
     exact: bool
     """Whether r = 1 in every group, so that the base is the prior and its density is exact."""
 
     def base(self, k: int, context: Tensor) -> Distribution:
         """The distribution over (batch, *latent shape of k) that r corrects; its density is normalised."""
+        ...
+
+    def proposal(self, k: int, context: Tensor) -> Distribution:
+        """A normalised density close to base·r, with the base's support, to weigh proposals from; the base by default."""
         ...
 
     def log_ratio(self, k: int, z: Tensor, context: Tensor) -> Tensor:

@@ -100,23 +100,36 @@ class Experiment(Options):
             self._check_prior(name, prior)
         return self
 
+    def _chain(self, prior: Any) -> list[type[GroupPrior]]:
+        """The method of a prior, of the prior that it is put on, and so on."""
+        return [PRIORS[prior.method], *([] if prior.base is None else self._chain(self.priors[prior.base]))]
+
+    def _check_base(self, name: str, prior: Any) -> None:
+        method = PRIORS[prior.method]
+        if prior.base is None:
+            if method.on_proposal:
+                raise ValueError(f"priors.{name}: {prior.method} is the sampler of another prior; name that one as its base")
+            return
+        base = self.priors.get(prior.base)
+        if base is None or list(self.priors).index(prior.base) >= list(self.priors).index(name):
+            raise ValueError(f"priors.{name}.base: {prior.base!r} must be a prior listed before it")
+        if method.on_proposal:
+            if not PRIORS[base.method].proposes:
+                raise ValueError(f"priors.{name}.base: {prior.base!r} has no sampler of its own; name an evalp prior")
+        elif not PRIORS[base.method].exact:
+            raise ValueError(f"priors.{name}.base: {prior.base!r} has no exact density, so it cannot be a base")
+
     def _check_prior(self, name: str, prior: Any) -> None:
+        self._check_base(name, prior)
         for sampler in prior.samplers:
             if sampler not in self.samplers:
                 raise ValueError(f"priors.{name}.samplers: {sampler!r} is not among the experiment's samplers")
-            chain = [PRIORS[prior.method], *([PRIORS[self.priors[prior.base].method]] if prior.base in self.priors else [])]
-            traits = (chain[0].exact, all(method.smooth for method in chain))
+            traits = PRIORS[prior.method].exact, all(method.smooth for method in self._chain(prior))
             why = SAMPLERS[self.samplers[sampler].method](self.samplers[sampler]).refuses(*traits)
             if why is not None:
                 raise ValueError(f"priors.{name}.samplers: {sampler!r} does not fit: {why}")
         if self.sample.temperature != 1 and PRIORS[prior.method].base is not GroupPrior.base:
             raise ValueError(f"sample.temperature: {name!r} brings a density of its own, which has no temperature")
-        if prior.base is not None:
-            base = self.priors.get(prior.base)
-            if base is None or list(self.priors).index(prior.base) >= list(self.priors).index(name):
-                raise ValueError(f"priors.{name}.base: {prior.base!r} must be a prior listed before it")
-            if not PRIORS[base.method].exact:
-                raise ValueError(f"priors.{name}.base: {prior.base!r} has no exact density, so it cannot be a base")
 
 
 class Config(Options):

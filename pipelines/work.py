@@ -196,8 +196,9 @@ class Seeded:
             "sample": plain(self.experiment.sample, *(() if self.experiment.sample.readjust else ("batch",))),
             "seed": self.seed,
         }
-        method = PRIORS[self.experiment.priors[prior].method]
-        return Identity(self.name, self.seed, config, source_digest("priors.sampling", method.__module__))
+        methods = PRIORS[self.experiment.priors[prior].method], SAMPLERS[options.method]
+        source = source_digest("priors.sampling", *(method.__module__ for method in methods))
+        return Identity(self.name, self.seed, config, source)
 
     def samples(self, prior: str, sampler: str) -> dict[str, Tensor]:
         """What was drawn. Raises UserError if it is missing or of another configuration."""

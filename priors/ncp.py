@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from models.protocol import Group
 from priors.networks import NetworkOptions, scorer
-from priors.protocol import TrainedPrior
+from priors.protocol import Pair, TrainedPrior
 from runtime.training import Terms
 
 
@@ -47,10 +47,10 @@ class NoiseContrastivePrior(TrainedPrior):
         """Of the classifier."""
         return self.classifier.footprint
 
-    def loss(self, posterior: Tensor, base: Tensor, context: Tensor, step: int) -> Terms:  # noqa: ARG002
+    def loss(self, pair: Pair, step: int) -> Terms:  # noqa: ARG002
         """Binary cross-entropy, summed over the two classes: 2 ln 2 at chance.
 
         Both classes pass in one batch, lest batch statistics tell them apart.
         """
-        logits = self.log_ratio(torch.stack([posterior, base]), context)
+        logits = self.log_ratio(torch.stack([pair.posterior, pair.base]), pair.context)
         return {"posterior": functional.softplus(-logits[0]).mean(), "base": functional.softplus(logits[1]).mean()}

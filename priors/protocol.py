@@ -9,6 +9,7 @@ A new method is a subclass of :class:`GroupPrior` (nothing to learn), :class:`Fi
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
@@ -26,6 +27,8 @@ class GroupPrior(nn.Module):
     """The prior of one group: base(z | c) r(z, c) / Z(c). This class corrects nothing: it is the base itself."""
 
     exact: ClassVar[bool] = True  # r = 1: the density needs no normaliser, and the base can be sampled directly
+    proposes: ClassVar[bool] = False  # it has a density of its own to draw proposals from, close to base·r
+    on_proposal: ClassVar[bool] = False  # what it is put on is the proposal of the prior below, not its base
     smooth: ClassVar[bool] = True  # the base is drawn as a smooth function of one Normal number per coordinate
 
     class Options(options.Options):
@@ -38,6 +41,10 @@ class GroupPrior(nn.Module):
     def base(self, below: Distribution, context: Tensor) -> Distribution:  # noqa: ARG002
         """The base density over (batch, *latent). ``below`` is the model's own prior, or the prior this one is put on."""
         return below
+
+    def proposal(self, below: Distribution, context: Tensor) -> Distribution:
+        """The density over (batch, *latent) that proposals are drawn from. ``below`` as in :meth:`base`; here that base."""
+        return self.base(below, context)
 
     def log_ratio(self, z: Tensor, context: Tensor) -> Tensor:  # noqa: ARG002
         """log r(z, c) in nats, unnormalised.
@@ -81,6 +88,26 @@ class FittedPrior(GroupPrior, ABC):
         """Set the buffers from z ~ q(z_k), shape (codes, *latent shape)."""
 
 
+@dataclass
+class Pair:
+    """One group's part of a pass of the frozen VAE over a batch of examples.
+
+    Attributes:
+        posterior: z ~ q(z_k | z_<k, x), shape (batch, *latent shape).
+        base: z ~ base(z_k | c_k), shape (batch, *latent shape).
+        context: c_k, shape (batch, *context shape).
+        below: the base's density.
+        normal, uniform: fresh numbers for the loss, shapes (batch, *latent shape) and (batch,).
+    """
+
+    posterior: Tensor
+    base: Tensor
+    context: Tensor
+    below: Distribution
+    normal: Tensor
+    uniform: Tensor
+
+
 class TrainedPrior(GroupPrior, ABC):
     """A prior that is trained by gradient descent, on pairs of a posterior and a base sample in the same context."""
 
@@ -101,16 +128,15 @@ class TrainedPrior(GroupPrior, ABC):
 
     options: Options
 
-    @abstractmethod
-    def loss(self, posterior: Tensor, base: Tensor, context: Tensor, step: int) -> Terms:
-        """Named terms of the loss.
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # Adam's
 
-        Args:
-            posterior: z ~ q(z_k | z_<k, x), shape (batch, *latent shape).
-            base: z ~ base(z_k | c_k), shape (batch, *latent shape).
-            context: c_k, shape (batch, *context shape).
-            step: number of steps made so far.
-        """
+    @abstractmethod
+    def loss(self, pair: Pair, step: int) -> Terms:
+        """Named terms of the loss, ``step`` being the number of steps made so far."""
+
+    def held_out_loss(self, pair: Pair, step: int) -> Terms:
+        """Terms of what is to be small on held-out examples: the state where it is smallest is kept. Here the loss."""
+        return self.loss(pair, step)
 
 
 class Prior:
@@ -119,12 +145,14 @@ class Prior:
     Args:
         model: the VAE, frozen.
         groups: one GroupPrior per group.
-        below: the prior whose base this one corrects; None for the model's own. It must be exact.
+        below: the prior whose base (or proposal) this one corrects; None for the model's own. It must be exact (or propose).
     """
 
     def __init__(self, model: HierarchicalVAE, groups: Sequence[GroupPrior], below: "Prior | None" = None):
         self.model, self.groups, self.below = model, groups, below
         self.exact = all(group.exact for group in groups)
+        self.on_proposal = all(group.on_proposal for group in groups)
+        self.proposes = any(group.proposes for group in groups)
         self.smooth: bool = all(group.smooth for group in groups) and (below is None or below.smooth)
 
     @property
@@ -134,8 +162,16 @@ class Prior:
 
     def base(self, k: int, context: Tensor) -> Distribution:
         """The distribution that r corrects, over (batch, *latent shape of k)."""
-        below = self.model.prior(k, context) if self.below is None else self.below.base(k, context)
-        return self.groups[k].base(below, context)
+        return self.groups[k].base(self._under(k, context), context)
+
+    def proposal(self, k: int, context: Tensor) -> Distribution:
+        """The density over (batch, *latent shape of k) that proposals are drawn from: the base, or the method's own."""
+        return self.groups[k].proposal(self._under(k, context), context)
+
+    def _under(self, k: int, context: Tensor) -> Distribution:
+        if self.below is None:
+            return self.model.prior(k, context)
+        return self.below.proposal(k, context) if self.on_proposal else self.below.base(k, context)
 
     def log_ratio(self, k: int, z: Tensor, context: Tensor) -> Tensor:
         """log r(z, c): z (*lead, batch, *latent shape of k), context (batch, …), result (*lead, batch), nats."""

@@ -1,5 +1,7 @@
 """Every prior method and every sampler that params.yaml can name."""
 
+from priors.evalp import AmortisedPrior, EnergyPrior
+from priors.flow import FlowPrior
 from priors.gmm import GaussianMixturePrior
 from priors.langevin import JointLangevin, Langevin
 from priors.ncp import NoiseContrastivePrior
@@ -12,6 +14,9 @@ PRIORS: dict[str, type[GroupPrior]] = {
     "normal": NormalPrior,
     "gmm": GaussianMixturePrior,
     "ncp": NoiseContrastivePrior,
+    "flow": FlowPrior,
+    "evalp": EnergyPrior,
+    "amortised": AmortisedPrior,
 }
 
 SAMPLERS: dict[str, type[Sampler]] = {

@@ -1,6 +1,7 @@
-"""SIR, sampling-importance-resampling: of M proposals from the base, one kept with probability proportional to r.
+"""SIR, sampling-importance-resampling: of M proposals, one kept with probability proportional to its weight w.
 
-The one kept is the argmax of log r + Gumbel noise, which needs no normaliser: proposals stream through, and nothing of
+Proposals come from the base, and w = r; or from the prior's own proposal density g, and w = base·r / g. The one kept is the
+argmax of log w + Gumbel noise, which needs no normaliser: proposals stream through, and nothing of
 them stays but a running winner and the running sums of w and w². Memory does not depend on M.
 """
 
@@ -38,7 +39,7 @@ def log_ratios(prior: LearnedPrior, k: int, z: Tensor, prepared: Tensor, precisi
 
 
 class SIR(Sampler):
-    """M proposals from the base, one kept with probability proportional to r; or as many as an image needs."""
+    """M proposals, one kept with probability proportional to its weight; or as many as an image needs."""
 
     weighs = True
 
@@ -65,9 +66,12 @@ class SIR(Sampler):
         for first in range(0, self.options.proposals, BLOCK):
             count = min(BLOCK, self.options.proposals - first)
             for rows in unfinished.split(at_once):
-                z = prior.base(k, context[rows]).draw(proposing.of(rows.tolist()), (count,))
-                log_r = log_ratios(prior, k, z, prepared[rows], self.options.precision)
-                running.add(rows, z, log_r, choosing.of(rows.tolist()).gumbel((count,), (len(rows),)))
+                proposal = prior.proposal(k, context[rows])
+                z = proposal.draw(proposing.of(rows.tolist()), (count,))
+                log_w = log_ratios(prior, k, z, prepared[rows], self.options.precision)
+                if prior.proposes:
+                    log_w = log_w + (prior.base(k, context[rows]).log_prob(z) - proposal.log_prob(z)).float()
+                running.add(rows, z, log_w, choosing.of(rows.tolist()).gumbel((count,), (len(rows),)))
             if self.options.until_ess is not None:
                 unfinished = unfinished[running.ess[unfinished] < self.options.until_ess]
                 if not len(unfinished):
@@ -91,16 +95,16 @@ class _Running:
         """(Σw)² / Σw², in proposals, shape (rows,)."""
         return (2 * self.log_sum - self.log_sum_squares).exp().float()
 
-    def add(self, rows: Tensor, z: Tensor, log_r: Tensor, gumbel: Tensor) -> None:
-        """Take in proposals of some rows: z (count, len(rows), *latent), log_r and gumbel (count, len(rows))."""
+    def add(self, rows: Tensor, z: Tensor, log_w: Tensor, gumbel: Tensor) -> None:
+        """Take in proposals of some rows: z (count, len(rows), *latent), log_w and gumbel (count, len(rows))."""
         if not self.kept.numel():
             self.kept = z.new_empty(len(self.best), *z.shape[2:])
-        keys, winner = (log_r + gumbel).max(0)
+        keys, winner = (log_w + gumbel).max(0)
         better = keys > self.best[rows]
         self.kept[rows[better]] = z[winner, torch.arange(len(rows), device=z.device)][better]
         self.best[rows] = torch.maximum(self.best[rows], keys)
         # Row by row in float64: a sum over the first axis has an order that depends on the number of rows.
-        by_row = log_r.T.contiguous().double()
+        by_row = log_w.T.contiguous().double()
         self.log_sum[rows] = torch.logaddexp(self.log_sum[rows], by_row.logsumexp(1))
         self.log_sum_squares[rows] = torch.logaddexp(self.log_sum_squares[rows], (2 * by_row).logsumexp(1))
         self.proposals[rows] += len(z)

@@ -15,22 +15,13 @@ from torch import Tensor
 
 from datasets.dataset import Dataset
 from models.protocol import by_posterior, descend
-from priors.protocol import FittedPrior, GroupPrior, Prior, TrainedPrior
+from priors.protocol import FittedPrior, GroupPrior, Pair, Prior, TrainedPrior
 from runtime import checkpoints
 from runtime.hardware import autocast
 from runtime.identity import Identity
 from runtime.progress import Report, silent
 from runtime.randomness import Noise
 from runtime.training import Terms, Trainee, cosine, train
-
-
-@dataclass
-class Pair:
-    """One group's part of a pass: ``posterior`` and ``base`` samples (batch, *latent) in ``context`` (batch, …)."""
-
-    posterior: Tensor
-    base: Tensor
-    context: Tensor
 
 
 @torch.no_grad()
@@ -46,9 +37,12 @@ def pairs(below: Prior, x: Tensor, seed: int, purpose: str, step: int = 0) -> li
     by_q = by_posterior(below.model, x, lambda k: Noise(seed, f"{purpose}-posterior", k, step, device=device))
 
     def choose(k: int, context: Tensor) -> Tensor:
-        z = by_q(k, context)
-        base = below.base(k, context).draw(Noise(seed, f"{purpose}-base", k, step, device=device))
-        found.append(Pair(z, base, context))
+        def noise(name: str) -> Noise:
+            return Noise(seed, f"{purpose}-{name}", k, step, device=device)
+
+        z, base = by_q(k, context), below.base(k, context)
+        normal, uniform = noise("normal").normal((), tuple(z.shape)), noise("uniform").uniform((), (len(z),))
+        found.append(Pair(z, base.draw(noise("base")), context, base, normal, uniform))
         return z
 
     descend(below.model, len(x), choose)
@@ -89,8 +83,7 @@ def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, d
     rate = cosine(options.learning_rate, options.final_learning_rate, options.steps)
     slot_of = {f"group {slot.k}": slot for slot in slots}
     trainees = [
-        Trainee(name, slot.prior, torch.optim.Adam(slot.prior.parameters(), fused=True), rate, slot.path, slot.identity)
-        for name, slot in slot_of.items()
+        Trainee(name, slot.prior, _adam(slot.prior), rate, slot.path, slot.identity) for name, slot in slot_of.items()
     ]
 
     def shared_pass(x: Tensor, purpose: str, step: int) -> list[Pair]:
@@ -112,7 +105,7 @@ def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, d
         for part, x in enumerate(validation.split(options.batch)):
             found = shared_pass(x, "held-out", part)
             with autocast(options.precision, device.type):
-                parts = [_loss(slot_of[trainee.name], found, trainee.step) for trainee in active]
+                parts = [_held_out_loss(slot_of[trainee.name], found, trainee.step) for trainee in active]
             for index, terms in enumerate(parts):
                 totals[index] += sum(term.item() for term in terms.values()) * len(x)
         for trainee in active:
@@ -128,10 +121,19 @@ def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, d
         trainee.module.eval()
 
 
+def _adam(prior: GroupPrior) -> torch.optim.Optimizer:
+    assert isinstance(prior, TrainedPrior)
+    return torch.optim.Adam(prior.parameters(), betas=prior.betas, fused=True)
+
+
 def _loss(slot: Slot, found: Sequence[Pair], step: int) -> Terms:
     assert isinstance(slot.prior, TrainedPrior)
-    pair = found[slot.k]
-    return slot.prior.loss(pair.posterior, pair.base, pair.context, step)
+    return slot.prior.loss(found[slot.k], step)
+
+
+def _held_out_loss(slot: Slot, found: Sequence[Pair], step: int) -> Terms:
+    assert isinstance(slot.prior, TrainedPrior)
+    return slot.prior.held_out_loss(found[slot.k], step)
 
 
 def _fit(below: Prior, slots: Sequence[Slot], dataset: Dataset, report: Report) -> None:

@@ -49,6 +49,7 @@ class Tilted:
     """r(z) = exp(TILT z): with a Normal base all is known. Z(c) = exp(TILT mean + TILT²/2), the posterior prior N(+TILT)."""
 
     exact = False
+    proposes = False
     TILT = 0.8
 
     def __init__(self, model):
@@ -56,6 +57,9 @@ class Tilted:
 
     def base(self, k, context):
         return self.model.prior(k, context)
+
+    def proposal(self, k, context):
+        return self.base(k, context)
 
     def log_ratio(self, k, z, context):
         return self.TILT * z[..., 0]

@@ -7,9 +7,11 @@ from models.distributions import DiagonalNormal
 from models.mlp import MLPVAE
 from models.protocol import Group
 from models.residual import ResidualHVAE
+from priors.evalp import EnergyOptions
+from priors.flow import FlowOptions
 from priors.ncp import NoiseContrastivePrior
 from priors.networks import NetworkOptions
-from priors.protocol import FittedPrior, GroupPrior, Prior, TrainedPrior
+from priors.protocol import FittedPrior, GroupPrior, Pair, Prior, TrainedPrior
 from priors.registry import PRIORS, SAMPLERS
 from priors.sampling import draw
 from priors.trainer import Slot, learn, pairs
@@ -21,6 +23,14 @@ OPTIONS = {
     "normal": {},
     "gmm": {"components": 3, "codes": 100, "batch": 50},
     "ncp": {"steps": 5, "batch": 8, "network": NetworkOptions(width=8, depth=1)},
+    "flow": {"steps": 5, "batch": 8, "flow": FlowOptions(transforms=2, width=8, depth=1)},
+    "evalp": {
+        "steps": 5,
+        "batch": 8,
+        "energy": EnergyOptions(width=8),
+        "flow": FlowOptions(transforms=2, width=8, depth=1),
+    },
+    "amortised": {},
 }
 SAMPLER_OPTIONS = {
     "ancestral": {},
@@ -68,7 +78,7 @@ def learned(method, model, folder, chosen=None):
         for k in chosen or range(model.groups)
     ]
     learn(below, slots, Pixels(), lambda *_: None)
-    return Prior(model, groups)
+    return Prior(model, groups, learned("evalp", model, folder / "below", chosen) if groups[0].on_proposal else None)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -102,7 +112,7 @@ def test_gradients_reach_every_parameter_of_a_trained_prior(method, model):
     vae = frozen(model)
     below = Prior(vae, [GroupPrior(GroupPrior.Options(), group) for group in vae.layout()])
     for group, pair in zip(groups_of(method, vae), pairs(below, Pixels().train_batch(8, 1, 0), 0, "test"), strict=True):
-        torch.stack(list(group.loss(pair.posterior, pair.base, pair.context, 0).values())).sum().backward()
+        torch.stack(list(group.loss(pair, 4).values())).sum().backward()
         missing = [n for n, p in group.named_parameters() if p.grad is None or not p.grad.any()]
         assert missing == []
 
@@ -152,11 +162,12 @@ def test_the_nce_optimum_of_two_normals_is_their_log_density_ratio():
 
     prior.classifier = Quadratic()
     draws = [one.draw(Noise(0, name), (200_000,))[:, 0] for name, one in (("q", q), ("p", p))]
+    pair = Pair(*draws, torch.zeros(200_000, 0), p, draws[0], draws[0][:, 0])
     optimizer = torch.optim.LBFGS(prior.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = torch.stack(list(prior.loss(*draws, torch.zeros(200_000, 0), 0).values())).sum()
+        loss = torch.stack(list(prior.loss(pair, 0).values())).sum()
         loss.backward()
         return loss
 

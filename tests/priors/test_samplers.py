@@ -68,6 +68,7 @@ class Pulled:
     """log r of group 1 is -(z_1 - 1)²/2, of group 0 nothing: the posterior of z_0 given an observation of z_1, jointly."""
 
     exact = False
+    proposes = False
 
     def base(self, k, context):
         return DiagonalNormal(0.5 * context, torch.full_like(context, 1.0 if k == 0 else 0.5))

@@ -111,6 +111,7 @@ class Classified:
     """One group with a convolutional classifier over N(0, 1) maps."""
 
     exact = False
+    proposes = False
 
     def __init__(self):
         torch.manual_seed(0)
@@ -121,6 +122,9 @@ class Classified:
     def base(self, k, context):
         zeros = torch.zeros(len(context), 2, 4, 4)
         return DiagonalNormal(zeros, torch.ones_like(zeros))
+
+    def proposal(self, k, context):
+        return self.base(k, context)
 
     def prepare(self, k, context):
         return self.group.prepare(context)

@@ -12,6 +12,7 @@ class Known:
     """p = N(0, 1) and an exact ratio: r = q / p."""
 
     exact = False
+    proposes = False
 
     def __init__(self, log_q, dtype=torch.float64):
         self.log_q, self.dtype = log_q, dtype
@@ -19,6 +20,9 @@ class Known:
     def base(self, k, context):
         zeros = torch.zeros(len(context), 1, dtype=self.dtype)
         return DiagonalNormal(zeros, torch.ones_like(zeros))
+
+    def proposal(self, k, context):
+        return self.base(k, context)
 
     def log_ratio(self, k, z, context):
         return self.log_q(z[..., 0]) - self.base(k, context).log_prob(z)
