@@ -5,6 +5,7 @@ A claim is judged by what it says:
 - ``absolute``: our mean over seeds is at least as good as the paper's value, give or take the stated tolerance.
 - ``gain``: our mean gain over the base is, likewise, and its 95 % interval excludes zero.
 - ``ordering``: one thing is better than another, by more than the 95 % interval of the difference.
+- ``no-worse``: one thing is not worse than another by more than the tolerance, at the far end of that interval.
 - ``correlation``: two metrics rise together over groups and seeds: Spearman's rank correlation, p < 0.05.
 """
 
@@ -78,7 +79,7 @@ class Claim(Options):
     experiment: str
     subject: Subject | None = None
     against: Subject | None = None
-    kind: Literal["absolute", "gain", "ordering", "correlation"]
+    kind: Literal["absolute", "gain", "ordering", "no-worse", "correlation"]
     direction: Literal["higher", "lower"]
     tolerance: Tolerance | None = None
     untested: Text | None = None
@@ -97,7 +98,9 @@ class Claim(Options):
                 raise ValueError("a claim without `untested` needs a subject")
             if self.kind in ("absolute", "gain") and (self.value is None or self.tolerance is None):
                 raise ValueError(f"a tested claim of kind {self.kind} needs a value and a tolerance")
-            if self.kind in ("ordering", "correlation") and self.against is None:
+            if self.kind == "no-worse" and self.tolerance is None:
+                raise ValueError("a tested claim of kind no-worse needs a tolerance")
+            if self.kind in ("ordering", "no-worse", "correlation") and self.against is None:
                 raise ValueError(f"a tested claim of kind {self.kind} needs `against`")
         if self.kind == "absolute" and self.experiment.endswith("-lite") and self.untested is None:
             raise ValueError("a -lite experiment is not the paper's protocol, so no absolute value is compared with it")
@@ -183,10 +186,14 @@ def _judge(claim: Claim, table: pd.DataFrame) -> Verdict:
         return _correlation(claim, *rows)
     ours = [results.over_seeds(found).iloc[0] for found in rows]
     sign = 1 if claim.direction == "higher" else -1
-    if claim.kind == "ordering":
+    if claim.kind in ("ordering", "no-worse"):
         difference, interval = ours[0].value - ours[1].value, math.hypot(ours[0].interval, ours[1].interval)
         note = f"{ours[0].value:.3g} against {ours[1].value:.3g}"
-        return Verdict(claim, _word(sign * difference > interval), difference, interval, note)
+        if claim.kind == "ordering":
+            return Verdict(claim, _word(sign * difference > interval), difference, interval, note)
+        assert claim.tolerance is not None
+        good = sign * difference - interval >= -claim.tolerance.value
+        return Verdict(claim, _word(good), difference, interval, f"{note}; tolerance {claim.tolerance.value:g}")
     assert claim.value is not None
     assert claim.tolerance is not None
     value, interval = ours[0].value, ours[0].interval
@@ -222,7 +229,7 @@ def _cells(verdict: Verdict) -> tuple[str, ...]:
     if verdict.ours is None:
         return claim.statement, paper, "", "", verdict.verdict
     word = verdict.verdict if claim.finding is None else f"{verdict.verdict}: {claim.finding}"
-    ours = f"{verdict.ours:+.3g}" if claim.kind == "ordering" else f"{verdict.ours:.3f}"
+    ours = f"{verdict.ours:+.3g}" if claim.kind in ("ordering", "no-worse") else f"{verdict.ours:.3f}"
     interval = "" if verdict.interval is None else f"± {verdict.interval:.2g}"
     return f"{claim.statement} ({verdict.note})", paper, ours, interval, word
 

@@ -50,8 +50,7 @@ class Flow(nn.Module):
 
     def forward(self, below: Distribution, context: Tensor) -> "FlowDensity":
         """The density over (batch, *latent) in contexts (batch, …), in the units of ``below``."""
-        context = context.float()
-        seen = context.new_zeros(len(context), 0) if self.see_context is None else self.see_context(context)
+        seen = None if self.see_context is None else self.see_context(context.float())
         return FlowDensity(self.spline(seen), below)
 
 

@@ -93,6 +93,22 @@ def test_an_ordering_must_exceed_the_interval_of_the_difference(direction, ours,
     assert found.interval == pytest.approx(1.96 * 2**0.5 * stderr)
 
 
+@pytest.mark.parametrize(
+    ("ours", "stderr", "word"),
+    [
+        (0.0, 0.0, "reproduced"),
+        (-0.1, 0.0, "reproduced"),  # as much worse as the tolerance allows
+        (-0.11, 0.0, "not reproduced"),
+        (0.0, 0.1, "not reproduced"),  # no worse, but the interval does not say so
+        (0.5, 0.1, "reproduced"),
+    ],
+)
+def test_no_worse_is_said_of_the_far_end_of_the_interval(ours, stderr, word):
+    one = claim(**ORDERING | {"kind": "no-worse", "tolerance": COMMON["tolerance"]})
+    base = rows("loglik", 0.0, prior="normal", sampler="", stderr=stderr)
+    assert verdict(one, rows("loglik-sampler", ours, stderr=stderr), base).verdict == word
+
+
 def scattered(losses, shares):
     """A row for every group, of one seed."""
     return [
@@ -149,7 +165,7 @@ def test_what_is_loaded_is_what_was_written(tmp_path):
     [
         ({"vlaue": 1.0}, r"claims\.0\.vlaue: Extra inputs are not permitted"),
         ({"value": "-1"}, r"claims\.0\.value: Input should be a valid number"),
-        ({"kind": "vague"}, r"claims\.0\.kind: Input should be 'absolute', 'gain', 'ordering' or 'correlation'"),
+        ({"kind": "vague"}, r"claims\.0\.kind: Input should be 'absolute', 'gain', 'ordering', 'no-worse' or 'correlation'"),
         ({"standing": "certain"}, r"claims\.0\.standing: "),
         ({"subject": {"prior": "ncp"}}, r"claims\.0\.subject\.metric: Field required"),
         ({"tolerance": {"value": 0.1}}, r"claims\.0\.tolerance\.reason: Field required"),
@@ -163,6 +179,7 @@ def test_what_is_loaded_is_what_was_written(tmp_path):
         ({"value": None}, r"claims\.0: a tested claim of kind absolute needs a value and a tolerance"),
         ({"kind": "gain", "tolerance": None}, r"claims\.0: a tested claim of kind gain needs a value and a tolerance"),
         ({"kind": "ordering"}, r"claims\.0: a tested claim of kind ordering needs `against`"),
+        ({"kind": "no-worse", "tolerance": None}, r"claims\.0: a tested claim of kind no-worse needs a tolerance"),
         ({"kind": "correlation"}, r"claims\.0: a tested claim of kind correlation needs `against`"),
         ({"experiment": "mnist-nvae-lite"}, r"claims\.0: a -lite experiment is not the paper's protocol"),
     ],
