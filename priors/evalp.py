@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from models.distributions import Distribution
 from models.protocol import Group
-from priors.flow import Flow, FlowOptions
+from priors.flow import FlowOptions, flow
 from priors.protocol import GroupPrior, Pair, TrainedPrior
 from runtime.options import Options
 from runtime.training import Terms
@@ -79,7 +79,7 @@ class EnergyPrior(TrainedPrior):
 
     def __init__(self, options: Options, group: Group):
         super().__init__(options, group)
-        self.energy, self.flow = Energy(options.energy, group), Flow(options.flow, group)
+        self.energy, self.flow = Energy(options.energy, group), flow(options.flow, group)
 
     def proposal(self, below: Distribution, context: Tensor) -> Distribution:
         """The sampler g."""

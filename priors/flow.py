@@ -3,10 +3,12 @@
     z = m(c) + s(c) f(u; c),  u ~ N(0, I)        log g(z | c) = log N(u) − log |det ∂f/∂u| − Σ log s
 
 m and s are mean and standard deviation of the density below (the model's own prior, say), so f starts from the model's
-units. f is a chain of coupling layers of monotone rational-quadratic splines (Durkan et al. 2019), from zuko.
+units. f is a chain of coupling layers: of monotone rational-quadratic splines (Durkan et al. 2019), from zuko, over the
+flattened latents; or affine ones steered by convolutions (Dinh et al. 2017), for latent maps too large to flatten.
 """
 
-from typing import Annotated
+import math
+from typing import Annotated, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -21,21 +23,44 @@ from runtime.training import Terms
 
 
 class FlowOptions(Options):
-    """``transforms``: coupling layers, each of both halves; ``width``, ``depth``: of the perceptrons that steer them."""
+    """``transforms``: coupling layers, each of both halves; ``width``, ``depth``: of the networks that steer them.
 
+    ``maps``: whether latent maps are flattened, or coupled by convolutions.
+    """
+
+    maps: Literal["flatten", "convolve"] = "flatten"
     transforms: Annotated[int, Field(ge=1)] = 4
     width: Annotated[int, Field(ge=1)] = 128
     depth: Annotated[int, Field(ge=1)] = 2
 
 
-class Flow(nn.Module):
-    """f(u; c) for one group. Latents are flattened; the first group's context, the same for all, is not looked at."""
+class Standard(Protocol):
+    """f in given contexts, over latents (*lead, batch, *latent)."""
+
+    def forth(self, normal: Tensor) -> Tensor:
+        """f(u)."""
+        ...
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of f(u), shape (*lead, batch)."""
+        ...
+
+
+def flow(options: FlowOptions, group: Group) -> "SplineFlow | ConvolutionalFlow":
+    """The flow for a group. The first group's context, the same for all, is not looked at."""
+    if options.maps == "convolve" and len(group.latent) == 3:
+        return ConvolutionalFlow(options, group)
+    return SplineFlow(options, group)
+
+
+class SplineFlow(nn.Module):
+    """Couplings of rational-quadratic splines over flattened latents, steered by perceptrons."""
 
     def __init__(self, options: FlowOptions, group: Group):
         super().__init__()
         import zuko
 
-        self.latent = group.latent
+        self.event = len(group.latent)
         seen = torch.Size(group.context).numel() if group.k else 0
         self.see_context = nn.Sequential(nn.Flatten(), nn.Linear(seen, options.width), nn.SiLU()) if seen else None
         size, hidden = torch.Size(group.latent).numel(), (options.width,) * options.depth
@@ -51,7 +76,84 @@ class Flow(nn.Module):
     def forward(self, below: Distribution, context: Tensor) -> "FlowDensity":
         """The density over (batch, *latent) in contexts (batch, …), in the units of ``below``."""
         seen = None if self.see_context is None else self.see_context(context.float())
-        return FlowDensity(self.spline(seen), below)
+        return FlowDensity(_Splines(self.spline(seen), self.event), below)
+
+
+class _Splines:
+    """zuko's distribution over flat latents as a Standard."""
+
+    def __init__(self, flat, event: int):
+        self._flat, self._event = flat, event
+
+    def forth(self, normal: Tensor) -> Tensor:
+        return self._flat.transform.inv(normal.flatten(normal.dim() - self._event)).view(normal.shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._flat.log_prob(value.flatten(value.dim() - self._event))
+
+
+class ConvolutionalFlow(nn.Module):
+    """Affine couplings over latent maps (c, h, w), on alternating checkerboards, steered by convolutions."""
+
+    def __init__(self, options: FlowOptions, group: Group):
+        super().__init__()
+        channels, height, width = group.latent
+        seen = group.context[0] if group.k else 0
+        self.see_context = nn.Conv2d(seen, options.width, 1) if seen else None
+        self.couplings = nn.ModuleList(
+            _Coupling(channels, options.width, options.depth) for _ in range(2 * options.transforms)
+        )
+        parity = torch.arange(height)[:, None] + torch.arange(width) + torch.arange(channels)[:, None, None]
+        self.register_buffer("kept", (parity % 2).float(), persistent=False)
+
+    def forward(self, below: Distribution, context: Tensor) -> "FlowDensity":
+        """The density over (batch, *latent) in contexts (batch, …), in the units of ``below``."""
+        return FlowDensity(_Couplings(self, None if self.see_context is None else self.see_context(context.float())), below)
+
+
+class _Coupling(nn.Module):
+    """Scale and shift of the half that changes, from the half that is kept and what is seen of the context."""
+
+    BOUND = 2.0  # of a log scale, so that no layer blows up
+
+    def __init__(self, channels: int, width: int, depth: int):
+        super().__init__()
+        self.see_z = nn.Conv2d(channels, width, 3, padding=1)
+        layers = [layer for _ in range(depth - 1) for layer in (nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))]
+        self.steer = nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(width, 2 * channels, 3, padding=1))
+        nn.init.zeros_(self.steer[-1].weight)
+        nn.init.zeros_(self.steer[-1].bias)
+
+    def forward(self, kept: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        hidden = self.see_z(kept.flatten(0, -4)).view(*kept.shape[:-3], -1, *kept.shape[-2:])
+        hidden = hidden if seen is None else hidden + seen
+        scale, shift = self.steer(hidden.flatten(0, -4)).view(*kept.shape[:-3], -1, *kept.shape[-2:]).chunk(2, -3)
+        return self.BOUND * torch.tanh(scale / self.BOUND), shift
+
+
+class _Couplings:
+    """A ConvolutionalFlow in given contexts as a Standard."""
+
+    def __init__(self, flow: ConvolutionalFlow, seen: Tensor | None):
+        self._flow, self._seen = flow, seen
+
+    def _masks(self) -> list[tuple[nn.Module, Tensor]]:
+        kept = self._flow.kept
+        return [(coupling, kept if index % 2 else 1 - kept) for index, coupling in enumerate(self._flow.couplings)]
+
+    def forth(self, normal: Tensor) -> Tensor:
+        for coupling, kept in self._masks():
+            scale, shift = coupling(kept * normal, self._seen)
+            normal = kept * normal + (1 - kept) * (normal * scale.exp() + shift)
+        return normal
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        total = value.new_zeros(value.shape[:-3])
+        for coupling, kept in reversed(self._masks()):
+            scale, shift = coupling(kept * value, self._seen)
+            value = kept * value + (1 - kept) * (value - shift) * (-scale).exp()
+            total = total - ((1 - kept) * scale).flatten(-3).sum(-1)
+        return total - (value**2 + math.log(2 * math.pi)).flatten(-3).sum(-1) / 2
 
 
 class FlowDensity:
@@ -60,14 +162,13 @@ class FlowDensity:
     They serve as units: a chain's step, or another flow put on this one.
     """
 
-    def __init__(self, standard, below: Distribution):
-        self._standard = standard  # zuko's distribution over (batch, d), in units of ``below``
+    def __init__(self, standard: Standard, below: Distribution):
+        self._standard = standard  # in units of ``below``
         self.mean, self.variance = below.mean.float(), below.variance.float()
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats of (*lead, batch, *latent), shape (*lead, batch)."""
-        event = self.mean.dim() - 1
-        standard = ((value - self.mean) / self.variance.sqrt()).flatten(value.dim() - event)
+        standard = (value - self.mean) / self.variance.sqrt()
         return self._standard.log_prob(standard) - self.variance.log().flatten(1).sum(1) / 2
 
     def draw(self, noise: Noise, lead: tuple[int, ...] = ()) -> Tensor:
@@ -77,9 +178,7 @@ class FlowDensity:
 
     def transform(self, normal: Tensor) -> Tensor:
         """The draws that given Normal numbers (*lead, batch, *latent) stand for."""
-        event = self.mean.dim() - 1
-        standard = self._standard.transform.inv(normal.flatten(normal.dim() - event))
-        return self.mean + self.variance.sqrt() * standard.view(normal.shape)
+        return self.mean + self.variance.sqrt() * self._standard.forth(normal)
 
 
 class FlowPrior(TrainedPrior):
@@ -94,7 +193,7 @@ class FlowPrior(TrainedPrior):
 
     def __init__(self, options: Options, group: Group):
         super().__init__(options, group)
-        self.flow = Flow(options.flow, group)
+        self.flow = flow(options.flow, group)
 
     def base(self, below: Distribution, context: Tensor) -> Distribution:
         """The flow's density."""

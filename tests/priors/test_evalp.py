@@ -1,4 +1,4 @@
-"""EVaLP against targets that are known: the energy's shape and sign, the sampler, and what w_KL does."""
+"""EVaLP and flows against targets that are known: the energy's shape and sign, the sampler, and what w_KL does."""
 
 import math
 
@@ -8,16 +8,16 @@ import torch
 from models.distributions import DiagonalNormal
 from models.protocol import Group
 from priors.evalp import EnergyOptions, EnergyPrior
-from priors.flow import FlowOptions, FlowPrior
+from priors.flow import FlowOptions, FlowPrior, flow
 from priors.protocol import Pair
 from runtime.randomness import Noise, initialising
 
 
-def trained(make, target, size, steps, batch=256, rate=2e-3):
+def trained(make, target, size, steps, batch=256):
     """A prior trained by its own loss and Adam on fresh draws of ``target`` over N(0, I)."""
     with initialising(0, "prior"):
         prior = make(Group(0, (size,), (0,)))
-    optimizer = torch.optim.Adam(prior.parameters(), lr=rate, betas=prior.betas)
+    optimizer = torch.optim.Adam(prior.parameters(), lr=2e-3, betas=prior.betas)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     below = DiagonalNormal(torch.zeros(batch, size), torch.ones(batch, size))
     for step in range(steps):
@@ -48,31 +48,23 @@ def log_normal(z, mean, std):
     return -((z - mean) ** 2) / (2 * std**2) - math.log(std) - math.log(2 * math.pi) / 2
 
 
-def test_in_one_dimension_the_energy_is_the_log_density_ratio_and_the_sampler_the_target():
-    """Without the penalty the game's solution is E = log p_0 − log q, up to a constant, and g = q = N(0.8, 0.6²)."""
-    prior = trained(evalp(penalty=0, ratio=1), lambda noise, _: 0.8 + 0.6 * noise("q"), 1, 2000)
-    z = torch.linspace(-0.6, 2.2, 57)[:, None]  # the target's mean and 2.3 of its standard deviations
-    difference = prior.log_ratio(z, torch.zeros(57, 0)) - (log_normal(z, 0.8, 0.6) - log_normal(z, 0, 1))[:, 0]
-    assert difference.std().item() < 0.15
-    drawn = sampler_draws(prior, 1)
-    assert drawn.mean().item() == pytest.approx(0.8, abs=0.06)
-    assert drawn.std().item() == pytest.approx(0.6, rel=0.1)
-
-
-def test_in_two_dimensions_the_energy_is_the_log_density_ratio():
-    """q = N(μ, diag σ²) with μ = (0.5, −0.5), σ = (0.7, 0.8)."""
-    mean, std = torch.tensor([0.5, -0.5]), torch.tensor([0.7, 0.8])
-    prior = trained(evalp(penalty=0, ratio=1), lambda noise, _: mean + std * noise("q"), 2, 3000)
-    z = mean + std * Noise(3, "points").normal((), (500, 2)).clamp(-2, 2)
-    exact = sum(log_normal(z[:, d], mean[d], std[d].item()) - log_normal(z[:, d], 0, 1) for d in range(2))
-    difference = prior.log_ratio(z, torch.zeros(500, 0)) - exact
-    assert difference.std().item() < 0.25
+@pytest.mark.parametrize("mean", [[1.0], [0.6, -0.8]])
+def test_the_energy_is_the_log_density_ratio_where_the_penalty_lets_it_be(mean):
+    """q = N(μ, I) with ‖μ‖ = 1: −E = log q − log p_0 = μ · z has slope 1, so the penalty asks nothing else; and g = q."""
+    mean, size = torch.tensor(mean), len(mean)
+    prior = trained(evalp(ratio=1), lambda noise, _: mean + noise("q"), size, 800)
+    z = mean + Noise(3, "points").normal((), (500, size)).clamp(-2, 2)
+    difference = prior.log_ratio(z, torch.zeros(500, 0)) - z @ mean
+    assert difference.std().item() < 0.05
+    drawn = sampler_draws(prior, size)
+    assert torch.allclose(drawn.mean(0), mean, atol=0.1)
+    assert torch.allclose(drawn.std(0), torch.ones(size), atol=0.1)
 
 
 def test_weights_of_proposals_lead_from_the_sampler_to_the_energy_based_density():
     """log w = −E + log p_0 − log g: with E = −z the density is N(1, 1), wherever g is."""
     prior = trained(evalp(), lambda noise, _: noise("q"), 1, 1)
-    below, z = DiagonalNormal(torch.zeros(4000, 1), torch.ones(4000, 1)), None
+    below = DiagonalNormal(torch.zeros(4000, 1), torch.ones(4000, 1))
     proposal = prior.proposal(below, torch.zeros(4000, 0))
     z = proposal.draw(Noise(2, "z"), (50,))
     log_w = z[..., 0] + below.log_prob(z) - proposal.log_prob(z)
@@ -86,9 +78,27 @@ def two_modes(noise, uniform):
 
 @pytest.mark.parametrize(("kl", "kept"), [(1.0, True), (0.0, False)])
 def test_without_the_kl_the_sampler_falls_into_one_mode(kl, kept):
-    drawn = sampler_draws(trained(evalp(kl=kl), two_modes, 1, 1500), 1)
+    drawn = sampler_draws(trained(evalp(kl=kl, ratio=1), two_modes, 1, 800), 1)
     smaller = min((drawn < 0).double().mean().item(), (drawn > 0).double().mean().item())
-    assert (smaller > 0.25) == kept
+    assert (smaller > 0.1) == kept
+
+
+@pytest.mark.parametrize("maps", ["flatten", "convolve"])
+def test_a_flows_density_is_that_of_its_draws(maps):
+    """log g(z(u)) = log N(u) − log |det ∂z/∂u|, the determinant by automatic differentiation."""
+    group = Group(1, (2, 2, 2), (3, 2, 2))
+    with initialising(0, "flow"):
+        network = flow(FlowOptions(transforms=2, width=8, maps=maps), group)
+        for parameter in network.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    noise, context = Noise(0, "u").normal((), (1, 2, 2, 2)), Noise(0, "c").normal((), (1, 3, 2, 2))
+    below = DiagonalNormal(torch.full((1, 2, 2, 2), 0.3), torch.full((1, 2, 2, 2), 0.5))
+    density = network(below, context)
+    jacobian = torch.autograd.functional.jacobian(lambda u: density.transform(u.view_as(noise)).flatten(), noise.flatten())
+    expected = -(noise**2).sum() / 2 - 4 * math.log(2 * math.pi) - torch.linalg.slogdet(jacobian.double()).logabsdet
+    z = density.transform(noise)
+    assert density.log_prob(z).item() == pytest.approx(expected.item(), abs=1e-3)
+    assert density.log_prob(z.expand(3, 5, 1, 2, 2, 2)).shape == (3, 5, 1)
 
 
 def test_a_flow_alone_finds_the_density_of_its_target():
@@ -98,5 +108,5 @@ def test_a_flow_alone_finds_the_density_of_its_target():
     z = torch.linspace(-4, 4, 801)[:, None, None]
     log_g = prior.base(below, torch.zeros(1, 0)).log_prob(z)[:, 0]
     exact = torch.logaddexp(log_normal(z, -1.5, 0.2), log_normal(z, 1.5, 0.2))[:, 0, 0] - math.log(2)
-    assert torch.trapezoid(log_g.exp(), z[:, 0, 0]).item() == pytest.approx(1, abs=0.01)
+    assert torch.trapezoid(log_g.exp(), z[:, 0, 0]).item() == pytest.approx(1, abs=0.02)
     assert torch.trapezoid(exact.exp() * (exact - log_g), z[:, 0, 0]).item() < 0.03  # KL(q || g), nats
