@@ -113,7 +113,7 @@ def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[A
     address = os.environ.get("RAY_ADDRESS")
     try:
         ray.init(
-            address=address,
+            address=address or "local",  # by default Ray would join any cluster that it finds on this machine
             num_cpus=None if address else machine.workers * machine.threads,
             include_dashboard=None if address else False,
             log_to_driver=False,
