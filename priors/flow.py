@@ -95,6 +95,8 @@ class _Splines:
 class ConvolutionalFlow(nn.Module):
     """Affine couplings over latent maps (c, h, w), on alternating checkerboards, steered by convolutions."""
 
+    kept: Tensor
+
     def __init__(self, options: FlowOptions, group: Group):
         super().__init__()
         channels, height, width = group.latent
@@ -120,9 +122,11 @@ class _Coupling(nn.Module):
         super().__init__()
         self.see_z = nn.Conv2d(channels, width, 3, padding=1)
         layers = [layer for _ in range(depth - 1) for layer in (nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))]
-        self.steer = nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(width, 2 * channels, 3, padding=1))
-        nn.init.zeros_(self.steer[-1].weight)
-        nn.init.zeros_(self.steer[-1].bias)
+        last = nn.Conv2d(width, 2 * channels, 3, padding=1)
+        self.steer = nn.Sequential(*layers, nn.SiLU(), last)
+        nn.init.zeros_(last.weight)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
 
     def forward(self, kept: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
         hidden = self.see_z(kept.flatten(0, -4)).view(*kept.shape[:-3], -1, *kept.shape[-2:])
