@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from datasets.dataset import Dataset
@@ -30,7 +30,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 class TrainOptions(Options):
     """Settings of stage 1. Learning rate: linear warm-up, then a cosine from ``learning_rate`` to a hundredth of it.
 
-    ``kl_warmup``: fraction of the steps over which the KL's weight grows from 0 to 1. ``kl_balance``: while it does, weigh
+    ``restarts``: maps the steps at which warm-up and cosine begin anew to the rate they then rise to (SGDR, Loshchilov and
+    Hutter 2017); a cycle goes on from the averaged weights of the one before, with a fresh optimiser. ``kl_warmup``:
+    fraction of the first cycle's steps over which the KL's weight grows from 0 to 1. ``kl_balance``: while it does, weigh
     the groups so that none collapses (NVAE). ``spectral``: weight of the spectral norms and of the batch norms' scales in
     the loss (NVAE's λ), coming log-linearly from ``spectral_start`` (if given) as the KL's weight grows. ``ema``: decay of
     the averaged weights that are kept. ``precision``: ``auto`` is bf16 autocast where the hardware gains from it. The
@@ -42,6 +44,7 @@ class TrainOptions(Options):
     learning_rate: Annotated[float, Field(gt=0)]
     optimizer: Literal["adam", "adamax"] = "adam"
     warmup: Annotated[int, Field(ge=0)] = 100
+    restarts: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] = Field(default={})
     kl_warmup: Annotated[float, Field(ge=0, le=1)] = 0.3
     kl_balance: bool = True
     spectral: Annotated[float, Field(ge=0)] = 0.0
@@ -49,6 +52,23 @@ class TrainOptions(Options):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     clip: Annotated[float, Field(gt=0)] = 100.0
     precision: Precision = "auto"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if list(self.restarts) != sorted(self.restarts) or any(start >= self.steps for start in self.restarts):
+            raise ValueError("restarts must come in the order of their steps, all before the last step")
+        return self
+
+    def cycles(self) -> list[tuple[range, float]]:
+        """The learning rate's cycles: the steps of each, and the rate it rises to."""
+        starts, ends = [0, *self.restarts], [*self.restarts, self.steps]
+        peaks = [self.learning_rate, *self.restarts.values()]
+        return [(range(start, end), peak) for start, end, peak in zip(starts, ends, peaks, strict=True)]
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        steps, peak = next(cycle for cycle in self.cycles() if step in cycle[0])
+        return cosine(peak, peak / 100, len(steps), self.warmup)(step - steps.start)
 
 
 @dataclass
@@ -128,11 +148,12 @@ def train_vae(
     """
     device = next(model.parameters()).device
     optimizer = OPTIMIZERS[options.optimizer](model.parameters(), lr=options.learning_rate)
-    rate = cosine(options.learning_rate, options.learning_rate / 100, options.steps, options.warmup)
     norms = SpectralNorms(model).to(device) if options.spectral else None
-    trainee = Trainee("vae", model, optimizer, rate, path, identity, options.clip, options.ema, norms)
+    trainee = Trainee(
+        "vae", model, optimizer, options.rate, path, identity, options.clip, options.ema, norms, options.restarts
+    )
     layout, seed = model.layout(), identity.seed
-    warmup = max(1, round(options.kl_warmup * options.steps))
+    warmup = max(1, round(options.kl_warmup * len(options.cycles()[0][0])))
 
     def losses(step: int, active: Sequence[Trainee]) -> list[Terms]:  # noqa: ARG001
         x = dataset.train_batch(options.batch, seed, step).to(device)

@@ -6,7 +6,7 @@ own optimiser, checkpoint and position, so that any subset of them can be resume
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Trainee:
         clip: largest gradient norm, or None.
         ema: decay of the weights' exponential moving average, which is what is saved in the end; None for none.
         companion: holds what the loss carries from step to step; kept while training, no part of the result.
+        restarts: after so many steps, the averaged weights take the place of the weights and the optimiser starts afresh.
 
     Where held-out losses are measured (:func:`train`), the state with the best of them is what is saved in the end.
     """
@@ -71,6 +72,7 @@ class Trainee:
     clip: float | None = None
     ema: float | None = None
     companion: nn.Module | None = None
+    restarts: Collection[int] = ()
     step: int = 0
     seconds: float = 0.0
     history: list[list[float]] = field(default_factory=list)  # [step, loss]
@@ -161,6 +163,9 @@ class Trainee:
         if self.step % max(1, steps // HISTORY_POINTS) == 0:
             self.history.append([self.step, value])
         self.step += 1
+        if self.step in self.restarts:
+            self.module.load_state_dict(self.average)
+            self.optimizer.state.clear()
         return value
 
     @torch.no_grad()

@@ -2,13 +2,14 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from models.distributions import DiagonalNormal, kl_divergence
 from models.mlp import MLPVAE
 from models.protocol import by_posterior, descend
 from models.registry import MODELS, build
 from models.residual import ResidualHVAE
-from models.trainer import balance, evidence
+from models.trainer import TrainOptions, balance, evidence
 from runtime import checkpoints
 from runtime.randomness import Noise, initialising
 
@@ -152,3 +153,15 @@ def test_balancing_favours_groups_with_a_large_kl_and_has_mean_one():
     gamma = balance([torch.full((3,), value) for value in (4.0, 1.0, 1.0, 0.0)], model.layout())
     assert gamma.mean().item() == pytest.approx(1)
     assert gamma[0] > gamma[1] > gamma[2] > gamma[3]
+
+
+def test_every_cycle_of_stage_1_warms_up_to_its_own_rate_and_falls_to_a_hundredth_of_it():
+    options = TrainOptions(steps=140, batch=1, learning_rate=1.0, warmup=10, restarts={90: 0.5})
+    rates = [options.rate(step) for step in range(140)]
+    assert rates[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0])
+    assert rates[90:101] == pytest.approx([0.5 * rate for rate in rates[:11]])
+    assert rates[89] == pytest.approx(0.01, abs=1e-3)
+    assert rates[139] == pytest.approx(0.005, abs=1e-3)
+    for wrong in ({140: 0.5}, {90: 0.5, 50: 0.5}):
+        with pytest.raises(ValidationError, match="in the order of their steps"):
+            TrainOptions(steps=140, batch=1, learning_rate=1.0, restarts=wrong)

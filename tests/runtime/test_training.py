@@ -145,3 +145,14 @@ def test_the_learning_rate_warms_up_and_falls_to_its_final_value():
     assert rate(9) == pytest.approx(1.0)
     assert rate(100) == pytest.approx(0.1)
     assert all(rate(step + 1) <= rate(step) for step in range(10, 100))
+
+
+def test_a_cycle_goes_on_from_the_averaged_weights_with_a_fresh_optimiser(tmp_path):
+    first = make(tmp_path, "first")
+    train([first], 30, losses)
+    cycled = make(tmp_path, "cycled")
+    cycled.restarts = (30,)
+    train([cycled], 30, losses)
+    assert not cycled.optimizer.state
+    for name, tensor in cycled.module.state_dict().items():
+        assert torch.equal(tensor, first.average[name])
