@@ -39,7 +39,13 @@ if TYPE_CHECKING:
     SamplerChoice: TypeAlias = Any
 else:
     ModelChoice = _choice("name", MODELS)
-    PriorChoice = _choice("method", PRIORS, base=(str | None, None), samplers=(list[str], ...))
+    PriorChoice = _choice(
+        "method",
+        PRIORS,
+        base=(str | None, None),
+        groups=(Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None, None),
+        samplers=(list[str], ...),
+    )
     SamplerChoice = _choice("method", SAMPLERS)
 
 
@@ -70,7 +76,9 @@ class EvaluateOptions(Options):
 class Experiment(Options):
     """One experiment: what is trained, with which priors, sampled and measured how.
 
-    ``seeds`` repeat all of it; with ``vae_seed``, one VAE of that seed serves them all, and they repeat what follows.
+    ``seeds`` repeat all of it; with ``vae_seed``, one VAE of that seed serves them all, and they repeat what follows. A
+    prior's ``base`` is the prior that it is put on, the model's own if absent; its ``groups`` are those that it corrects,
+    all if absent: the others keep the base.
     """
 
     dataset: str
@@ -106,6 +114,8 @@ class Experiment(Options):
 
     def _check_base(self, name: str, prior: Any) -> None:
         method = PRIORS[prior.method]
+        if method.on_proposal and prior.groups is not None:
+            raise ValueError(f"priors.{name}.groups: {prior.method} follows its base in every group; leave it out")
         if prior.base is None:
             if method.on_proposal:
                 raise ValueError(f"priors.{name}: {prior.method} is the sampler of another prior; name that one as its base")
@@ -124,8 +134,10 @@ class Experiment(Options):
         for sampler in prior.samplers:
             if sampler not in self.samplers:
                 raise ValueError(f"priors.{name}.samplers: {sampler!r} is not among the experiment's samplers")
-            traits = PRIORS[prior.method].exact, all(method.smooth for method in self._chain(prior))
-            why = SAMPLERS[self.samplers[sampler].method](self.samplers[sampler]).refuses(*traits)
+            exact, by = PRIORS[prior.method].exact, SAMPLERS[self.samplers[sampler].method](self.samplers[sampler])
+            why = by.refuses(exact, all(method.smooth for method in self._chain(prior)))
+            if exact and by.corrects:
+                why = f"{prior.method} has no ratio to correct its base by; draw it by ancestral"
             if why is not None:
                 raise ValueError(f"priors.{name}.samplers: {sampler!r} does not fit: {why}")
         if self.sample.temperature != 1 and PRIORS[prior.method].base is not GroupPrior.base:

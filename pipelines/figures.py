@@ -184,26 +184,35 @@ def _gain_against_base(dataset: str, frame: pd.DataFrame) -> Figure | None:
 PAPERS_POINTS = {"M = 500": (1.25, 6.76), "M = 5 000": (10.11, 5.25)}
 """Seconds per image on a V100 and FID of SIR on CelebA-64, as NCP-VAE's authors gave them."""
 
+MARKERS = {"ancestral": "o", "sir": "s", "sir-adaptive": "D", "langevin": "^", "joint-langevin": "v"}
+"""Of the families of samplers."""
+
 
 def _trade_off(experiment: str, frame: pd.DataFrame) -> Figure | None:
-    """Image quality against seconds per image, a line per family of samplers; beside it the paper's two points."""
-    costs = results.trade_off(frame)
-    if costs.empty:
+    """Image quality against seconds per image, a line per prior and family of samplers; beside it the paper's two points."""
+    table = results.methods(frame)
+    if len(table) < 3 or not table.attrs["qualities"]:
         return None
-    quality = costs.attrs["qualities"][0]
-    yardsticks = frame[(frame.metric == quality) & (frame.sampler.isin(["", "ancestral"]))]
-    figure, (axis, *paper) = _panels(2 if quality.startswith("fid") else 1, 5.0)
-    families = costs.sampler.str.replace(r"-\d+$", "", regex=True)
-    for (prior, family), points in costs.groupby(["prior", families]):
-        seconds, values = points["seconds-per-image"], points[quality]
-        axis.errorbar(seconds, values, points[f"{quality} interval"], marker="o", capsize=3, label=f"{prior} by {family}")
+    quality = table.attrs["qualities"][0]
+    yardsticks = frame[(frame.metric == quality) & (frame.sampler == "")]
+    figure, (axis, *paper) = _panels(2 if quality.startswith("fid") else 1, 6.0)
+    families = table.sampler.str.replace(r"-\d+$", "", regex=True)
+    lines = list(table.groupby(["prior", families]))
+    colours = mpl.colormaps["turbo"](np.linspace(0.05, 0.95, len(lines)))
+    for ((prior, family), points), colour in zip(lines, colours, strict=True):
+        seconds, values, marker = points["seconds-per-image"], points[quality], MARKERS.get(str(family), "o")
+        label = f"{prior} by {family}"
+        axis.errorbar(
+            seconds, values, points[f"{quality} interval"], marker=marker, color=colour, markersize=5, capsize=2, label=label
+        )
         for name, x, y in zip(points.sampler, seconds, values, strict=True):
-            axis.annotate(name.removeprefix(f"{family}-"), (x, y), fontsize=7, xytext=(3, 4), textcoords="offset points")
+            size = name.removeprefix(f"{family}-") if name != family else ""
+            axis.annotate(size, (x, y), fontsize=7, xytext=(3, 4), textcoords="offset points")
     for row in yardsticks.itertuples():
         axis.axhline(row.value, linestyle="--", linewidth=1, color="0.5")
         axis.annotate(row.prior, (0.01, row.value), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
     axis.set(xscale="log", xlabel="seconds per image", ylabel=quality, title=experiment)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=6)
     for beside in paper:
         for name, point in PAPERS_POINTS.items():
             beside.plot(*point, "s", color="0.3")

@@ -1,5 +1,6 @@
 """What the pipeline writes for people: one table of results, the claims' verdicts, figures, and the README's excerpt."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def tables(frame: pd.DataFrame) -> Iterator[str]:
             yield f"The truth's own expected log-likelihood, which no model exceeds, is {truth.ceiling:.3f} nats.\n"
         for prior, difference in _optimism(own):
             yield f"{prior}: the plug-in exceeds the sampler bound by {difference:.4f} nats at the largest N and M.\n"
-        yield from _trade_off(own)
+        yield from _methods(own)
         shown = own[own.metric.str.fullmatch(SHOWN)]
         yield "| metric | prior | sampler | mean | 95 % interval | unit | n |\n| --- | --- | --- | --- | --- | --- | --- |"
         for row in shown.sort_values(["metric", "prior", "sampler"]).itertuples():
@@ -76,18 +77,27 @@ def _optimism(frame: pd.DataFrame) -> Iterator[tuple[str, float]]:
         yield str(prior), plugin - own.sort_values("m").value.iloc[-1]
 
 
-def _trade_off(frame: pd.DataFrame) -> Iterator[str]:
-    """Markdown: what each sampler costs and what it gives, of priors that are drawn from by several samplers."""
-    costs = results.trade_off(frame)
-    if costs.empty:
+def _methods(frame: pd.DataFrame) -> Iterator[str]:
+    """Markdown: every prior by every sampler, what it costs and what it gives."""
+    table = results.methods(frame)
+    if table.empty:
         return
-    shown = ["seconds-per-image", "proposals-per-image", *costs.attrs["qualities"], "ess-fraction", "mmd2"]
-    yield f"| prior | sampler | {' | '.join(shown)} |\n| --- | --- |{' --- |' * len(shown)}"
-    for row in costs.to_dict("records"):
-        cells = [f"{row[name]:.3g} ± {row[name + ' interval']:.1g}" for name in shown[:-2]]
-        cells += [f"{row[name]:.3g}" for name in shown[-2:]]
+    likelihoods = ["loglik", "loglik-plugin", "loglik-sampler", "loglik-gain"]
+    shown = [*likelihoods, *table.attrs["qualities"], "seconds-per-image", "proposals-per-image", "train-seconds"]
+    yield f"| prior | sampler | {' | '.join(shown)} | ess-fraction | mmd2 |\n| --- | --- |{' --- |' * (len(shown) + 2)}"
+    for row in table.to_dict("records"):
+        cells = ["" if math.isnan(row[name]) else _with_interval(row[name], row[f"{name} interval"]) for name in shown]
+        cells += [f"{row[name]:.3g}" for name in ("ess-fraction", "mmd2")]
         yield f"| {row['prior']} | {row['sampler']} | {' | '.join(cells)} |"
-    yield "\nESS as a fraction, and squared MMD, are means over the groups.\n"
+    yield "\nESS as a fraction, and squared MMD, are means over the groups; log-likelihoods are in nats, times in seconds.\n"
+
+
+def _with_interval(value: float, interval: float) -> str:
+    """To the interval's first two digits, or to three of a value without one."""
+    if not interval > 0:
+        return f"{value:.3g}"
+    places = max(0, 1 - math.floor(math.log10(interval)))
+    return f"{value:.{places}f} ± {interval:.2g}"
 
 
 def _unit(row: Any) -> str:

@@ -125,29 +125,36 @@ def read(path: Path, made_by: str) -> pd.DataFrame:
     return table
 
 
-def trade_off(frame: pd.DataFrame) -> pd.DataFrame:
-    """Cost and quality of every sampler, of one experiment's priors that are drawn from by at least three.
+def methods(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every prior by every sampler, of one experiment: what it costs and how good it is.
 
     Args:
         frame: rows of :func:`over_seeds`.
 
     Returns:
-        One row per prior and sampler, cheapest first, with a column for each metric of cost and of image quality, another
-        for its ``interval``, and the means over groups of ``ess-fraction`` and ``mmd2``; empty if there is no such prior.
+        One row per prior and sampler, cheapest first, with columns ``loglik`` (of an exact prior), ``loglik-plugin`` and
+        ``loglik-sampler`` (of a corrected one), ``loglik-gain`` (of an exact prior, or under the sampler bound),
+        ``train-seconds``, ``seconds-per-image``, ``proposals-per-image`` and each metric of image quality, another for the
+        ``interval`` of each, and the means over groups of ``ess-fraction`` and ``mmd2``; NaN where there is no such number.
         ``attrs["qualities"]`` names the metrics of image quality.
     """
     own = frame[(frame.sampler != "") & ~frame.metric.str.startswith("loglik")]
-    own = own[own.groupby("prior").sampler.transform("nunique") >= 3]
     qualities = sorted(name for name in own.metric.unique() if re.match("fid|kid|off-mode", name))
     wide = pd.DataFrame(index=own.set_index(["prior", "sampler"]).index.unique())
-    for name in ("seconds-per-image", "proposals-per-image", *qualities):
-        rows = own[own.metric == name].set_index(["prior", "sampler"])
+    for name in ("loglik", "loglik-plugin", "loglik-gain", "train-seconds"):
+        rows = frame[frame.metric == name].set_index("prior")
+        prior = wide.index.get_level_values("prior")
+        wide[name], wide[f"{name} interval"] = rows.value.reindex(prior).array, rows.interval.reindex(prior).array
+    for name in ("loglik-sampler", "loglik-gain-sampler", "seconds-per-image", "proposals-per-image", *qualities):
+        rows = frame[(frame.metric == name) & (frame.sampler != "")].set_index(["prior", "sampler"])
         wide[name], wide[f"{name} interval"] = rows.value, rows.interval
+    for column in ("loglik-gain", "loglik-gain interval"):
+        wide[column] = wide[column].fillna(wide.pop(column.replace("gain", "gain-sampler")))
     for name in ("ess-fraction", "mmd2"):
         wide[name] = own[own.metric.str.startswith(f"{name}/")].groupby(["prior", "sampler"]).value.mean()
     wide = wide.reset_index()
     if len(wide):
-        wide = wide.sort_values(["prior", "seconds-per-image"])
+        wide = wide.sort_values("seconds-per-image", kind="stable")
     wide.attrs["qualities"] = qualities
     return wide
 

@@ -17,6 +17,7 @@ from pipelines.workspace import Workspace
 from priors.registry import SAMPLERS
 from priors.samplers import ESS_FLOOR
 from runtime import checkpoints
+from runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class Pipeline:
         experiment, seeds = self._seeds(name)
         _prune(self.workspace.artifacts(name) / "priors", [experiment.priors, seeds])
         groups = seeds[0].vae.groups
+        for prior, options in experiment.priors.items():
+            if max(options.groups or [0]) >= groups:
+                raise UserError(
+                    f"priors.{prior}.groups: {max(options.groups)} is too many; the model has groups 0 to {groups - 1}"
+                )
         shards = [list(range(groups))[first :: self.machine.shards] for first in range(min(groups, self.machine.shards))]
         depth: dict[str, int] = {}
         for prior, options in experiment.priors.items():  # a base is listed before what is put on it

@@ -130,7 +130,7 @@ class Seeded:
 
     def prior_identity(self, prior: str, k: int, published: bool = False) -> Identity:
         """What group k of a prior is made from; if ``published``, from originals of which small copies are here."""
-        options = self.experiment.priors[prior]
+        options, method = self.experiment.priors[prior], self._method(prior, k)
 
         def digest(document: dict[str, Any]) -> str:
             return document.get("original", document["digest"]) if published else document["digest"]
@@ -138,18 +138,23 @@ class Seeded:
         base = {} if options.base is None else {"base digest": digest(self.prior_document(options.base, k))}
         config = {
             "vae digest": digest(self.vae_document),
-            "prior": plain(options, "samplers"),
+            "prior": {} if method is GroupPrior else plain(options, "groups", "samplers"),
             "group": k,
             "seed": self.seed,
             **base,
         }
-        return Identity(self.name, self.seed, config, source_digest("priors.trainer", PRIORS[options.method].__module__))
+        return Identity(self.name, self.seed, config, source_digest("priors.trainer", method.__module__))
+
+    def _method(self, prior: str, k: int) -> type[GroupPrior]:
+        """What makes group k of a prior; the bare GroupPrior, which is the base, where the prior leaves that group alone."""
+        options = self.experiment.priors[prior]
+        return PRIORS[options.method] if options.groups is None or k in options.groups else GroupPrior
 
     def new_group(self, prior: str, k: int) -> GroupPrior:
         """One group of a prior before training, on the model's device."""
         options = self.experiment.priors[prior]
         with initialising(self.seed, f"prior {prior}", k):
-            return PRIORS[options.method](options, self.vae.layout()[k]).to(hardware.device())
+            return self._method(prior, k)(options, self.vae.layout()[k]).to(hardware.device())
 
     def _stored_group(self, prior: str, k: int) -> tuple[GroupPrior, dict[str, Any]]:
         if (prior, k) not in self._groups:

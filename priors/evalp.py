@@ -104,15 +104,17 @@ class EnergyPrior(TrainedPrior):
 
     def loss(self, pair: Pair, step: int) -> Terms:
         """The energy's terms, and every ``ratio``-th step the sampler's; gradients of either stay in its own network."""
-        sampler = self.flow(pair.below, pair.context)
-        z = sampler.transform(pair.normal)
+        sampler_moves = step % self.options.ratio == self.options.ratio - 1
+        with torch.set_grad_enabled(sampler_moves):
+            sampler = self.flow(pair.below, pair.context)
+            z = sampler.transform(pair.normal)
         prepared = self.prepare(pair.context)
         terms = {
             "posterior": self.energy(pair.posterior, prepared).mean(),
             "sampler": -self.energy(z.detach(), prepared).mean(),
             "penalty": self.options.penalty * self._penalty(pair, z.detach(), prepared),
         }
-        if step % self.options.ratio == self.options.ratio - 1:
+        if sampler_moves:
             frozen = {name: parameter.detach() for name, parameter in self.energy.named_parameters()}
             terms["energy"] = functional_call(self.energy, frozen, (z, prepared.detach())).mean()
             terms["kl"] = self.options.kl * (sampler.log_prob(z) - pair.below.log_prob(z)).mean()

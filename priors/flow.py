@@ -34,6 +34,10 @@ class FlowOptions(Options):
     depth: Annotated[int, Field(ge=1)] = 2
 
 
+NEAR = 0.01
+"""What a spline's steering starts scaled by."""
+
+
 class Standard(Protocol):
     """f in given contexts, over latents (*lead, batch, *latent)."""
 
@@ -72,6 +76,11 @@ class SplineFlow(nn.Module):
             passes=min(2, size),
             randperm=True,
         )
+        for network in self.spline.modules():
+            if isinstance(network, (zuko.nn.MLP, zuko.nn.MaskedMLP)):  # start close to the identity: the density below
+                last = list(network)[-1]
+                last.weight.data.mul_(NEAR)
+                last.bias.data.mul_(NEAR)
 
     def forward(self, below: Distribution, context: Tensor) -> "FlowDensity":
         """The density over (batch, *latent) in contexts (batch, …), in the units of ``below``."""

@@ -42,9 +42,15 @@ class Mixture(distributions.MixtureSameFamily):
         return z.unflatten(-1, self.latent)
 
     @property
+    def mean(self) -> Tensor:
+        """Mean of every coordinate, shape (batch, *latent)."""
+        return (self.weights @ self.means).reshape(1, *self.latent).expand(self.rows, *self.latent)
+
+    @property
     def variance(self) -> Tensor:
         """Variance of every coordinate, shape (batch, *latent)."""
-        return super().variance.reshape(1, *self.latent).expand(self.rows, *self.latent)
+        within, between = self.scales.square().sum(-1), (self.means - self.weights @ self.means).square()
+        return (self.weights @ (within + between)).reshape(1, *self.latent).expand(self.rows, *self.latent)
 
 
 class GaussianMixturePrior(FittedPrior):

@@ -43,6 +43,7 @@ class GroupDraw:
 class Sampler(ABC):
     """Draws z_k from a prior in a context."""
 
+    corrects: ClassVar[bool] = True  # whether it does anything with the ratio r; else it draws from the base as it is
     weighs: ClassVar[bool] = False  # whether it keeps one of many weighed proposals, so that a small ESS is a collapse
 
     class Options(options.Options):
@@ -83,6 +84,8 @@ class Sampler(ABC):
 
 class Ancestral(Sampler):
     """z_k from the base itself: exact where the prior corrects nothing."""
+
+    corrects = False
 
     def refuses(self, exact: bool, smooth: bool) -> str | None:  # noqa: ARG002
         """A prior that corrects its base has no direct sampler."""

@@ -64,7 +64,7 @@ def learn(below: Prior, slots: Sequence[Slot], dataset: Dataset, report: Report 
 
     Args:
         below: the base that the prior corrects, with the frozen model in eval mode.
-        slots: the groups to learn, all of one method with the same options and seed.
+        slots: the groups to learn, of one seed; those that are trained at all are of one method with the same options.
         dataset: examples come from its training split.
         report: told of the progress.
 
@@ -72,10 +72,11 @@ def learn(below: Prior, slots: Sequence[Slot], dataset: Dataset, report: Report 
         NonFiniteLossError: naming the group and the term that broke.
         UserError: a checkpoint could not be written.
     """
-    if isinstance(slots[0].prior, TrainedPrior):
-        _train(below, slots, slots[0].prior.options, dataset, report)
-    else:
-        _fit(below, slots, dataset, report)
+    trained = {slot.k: slot.prior.options for slot in slots if isinstance(slot.prior, TrainedPrior)}
+    if trained:
+        own = [slot for slot in slots if slot.k in trained]
+        _train(below, own, trained[own[0].k], dataset, report)
+    _fit(below, [slot for slot in slots if slot.k not in trained], dataset, report)
 
 
 def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, dataset: Dataset, report: Report) -> None:

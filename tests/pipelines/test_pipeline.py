@@ -12,6 +12,7 @@ import torch
 from tiny import double, kill_self, tiny, write_params
 
 from pipelines import results
+from pipelines.config import read
 from pipelines.evaluation import spread
 from pipelines.fanout import Machine
 from pipelines.stages import Pipeline
@@ -19,6 +20,7 @@ from pipelines.work import Seeded
 from pipelines.workspace import Workspace
 from runtime import checkpoints
 from runtime.errors import UserError
+from runtime.randomness import Noise
 
 STAGES = ("fetch", "train_vae", "train_prior", "sample", "evaluate")
 TIMES = r"train-seconds|seconds-per-image"
@@ -83,7 +85,9 @@ def _check_contents(table):
     assert set(flat[flat.metric == "loglik-sampler"].sampler) == {"sir-5", "sir-20"}
     deep = table[table.experiment == "deep"]
     assert {"fid-digits-30", "kid-digits-30", "ess-fraction/k02", "log-z/k02"} <= set(deep.metric)
-    assert set(deep[deep.metric.str.startswith("fid")].prior) == {"normal", "ncp", "aggregate-posterior", "data"}
+    assert set(deep[deep.metric.str.startswith("fid")].prior) == {
+        *("normal", "ncp", "evalp", "amortised", "ncp-amortised", "aggregate-posterior", "data")
+    }
     plugin = flat[(flat.metric == "loglik-plugin") & (flat.prior == "ncp")].set_index("seed").value
     base = flat[(flat.metric == "loglik") & (flat.prior == "normal")].set_index("seed").value
     gain = flat[(flat.metric == "loglik-gain-plugin") & (flat.prior == "ncp")].set_index("seed").value
@@ -232,7 +236,7 @@ def test_published_copies_serve_sampling_and_measuring_right_after_a_clone(check
     for stage in ("fetch", "train_vae", "train_prior"):
         getattr(pipeline, stage)("flat")
     paths = pipeline.publish("flat")
-    assert len(paths) == 2 + 2 * 4
+    assert len(paths) == 2 + 2 * len(tiny()["experiments"]["flat"]["priors"])
     assert {checkpoints.load(path, "")[0]["decoder.0.weight"].dtype for path in paths if "/vae/" in str(path)} == {
         torch.float16
     }
@@ -292,3 +296,29 @@ def test_gains_can_be_measured_on_fewer_examples(checkout):
     assert set(corrected.n) == {12}
     assert set(corrected[corrected.metric.str.startswith("loglik")].features) == {"2 importance samples"}
     assert set(table[table.metric.str.startswith("kl/")].prior) == {"normal"}
+
+
+def test_groups_that_a_prior_leaves_alone_keep_the_base(checkout):
+    pipeline = Pipeline(checkout, Machine(workers=1))
+    for stage in (pipeline.fetch, pipeline.train_vae, pipeline.train_prior):
+        stage("deep")
+    at = Seeded(read(checkout / "params.yaml"), "deep", 0, checkout)
+    prior, below = at.prior("evalp"), at.prior("normal")
+    context = at.vae.start(4)
+    for k in range(at.vae.groups):
+        z = below.base(k, context).draw(Noise(0, "z", k))
+        same = torch.equal(prior.proposal(k, context).log_prob(z), below.base(k, context).log_prob(z))
+        uncorrected = not prior.log_ratio(k, z, context).any()
+        assert same == uncorrected == (k > 0)
+        context = at.vae.advance(k, context, z)
+
+
+def test_a_group_that_the_model_has_not_is_refused(checkout):
+    params = tiny()
+    params["experiments"]["deep"]["priors"]["evalp"]["groups"] = [0, 3]
+    write_params(checkout, params)
+    pipeline = Pipeline(checkout, Machine(workers=1))
+    pipeline.fetch("deep")
+    pipeline.train_vae("deep")
+    with pytest.raises(UserError, match=r"priors.evalp.groups: .* groups 0 to 2"):
+        pipeline.train_prior("deep")

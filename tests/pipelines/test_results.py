@@ -169,3 +169,34 @@ def test_seeds_are_pooled_within_a_key_alone():
     assert len(summary) == 5
     assert sorted(summary.seeds) == [1, 1, 1, 1, 2]
     assert list(summary.columns) == [*results.KEYS, "value", "interval", "seeds", "n"]
+
+
+def test_methods_put_cost_and_quality_of_every_prior_and_sampler_side_by_side():
+    cheap, dear = {"prior": "flow", "sampler": "ancestral"}, {"prior": "ncp", "sampler": "sir-500"}
+    found = results.methods(
+        results.over_seeds(
+            table(
+                {"prior": "flow", "metric": "loglik", "value": -0.4},
+                {"prior": "flow", "metric": "loglik-gain", "value": 1.8},
+                cheap | {"metric": "seconds-per-image", "value": 0.1},
+                cheap | {"metric": "off-mode-share", "value": 0.2},
+                cheap | {"metric": "mmd2/k00", "value": 0.1},
+                cheap | {"metric": "mmd2/k01", "value": 0.3},
+                {"metric": "loglik-plugin", "value": -0.1},
+                {"metric": "train-seconds", "value": 60.0},
+                {"sampler": "sir-50", "metric": "loglik-sampler", "value": -0.3},
+                dear | {"metric": "loglik-sampler", "value": -0.2},
+                dear | {"metric": "loglik-gain-sampler", "value": 2.0},
+                dear | {"metric": "seconds-per-image", "value": 5.0},
+                dear | {"metric": "off-mode-share", "value": 0.01},
+            )
+        )
+    )
+    assert found.attrs["qualities"] == ["off-mode-share"]
+    first, second = found.to_dict("records")
+    assert (first["prior"], first["sampler"], second["prior"], second["sampler"]) == ("flow", "ancestral", "ncp", "sir-500")
+    assert (first["loglik"], first["loglik-gain"], first["mmd2"]) == (-0.4, 1.8, 0.2)
+    assert (second["loglik-plugin"], second["loglik-sampler"], second["loglik-gain"]) == (-0.1, -0.2, 2.0)
+    assert (second["train-seconds"], second["off-mode-share"]) == (60.0, 0.01)
+    assert math.isnan(first["loglik-plugin"])
+    assert math.isnan(second["loglik"])

@@ -117,7 +117,9 @@ def test_ancestral_draws_a_mixture_with_its_weights():
     assert first.double().mean().item() == pytest.approx(0.2, abs=0.01)
     assert torch.allclose(torch.cov(z[first].T), scales[0] @ scales[0].T, atol=0.03)
     mixture = Base(None).base(0, torch.zeros(5, 0))
-    assert mixture.variance.shape == (5, 2)
+    assert mixture.mean.shape == mixture.variance.shape == (5, 2)
+    assert torch.allclose(mixture.mean[0], z.mean(0), atol=0.06)
+    assert torch.allclose(mixture.variance[0], z.var(0), rtol=0.05)
     ticks = torch.linspace(-10, 10, 401)
     density = mixture.log_prob(torch.cartesian_prod(ticks, ticks)[:, None].expand(-1, 5, -1))[:, 0]
     assert density.exp().sum().item() * (20 / 400) ** 2 == pytest.approx(1, abs=1e-3)

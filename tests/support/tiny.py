@@ -26,15 +26,21 @@ def tiny():
         "ncp": ncp | {"samplers": ["sir-20", "langevin"]},
         "ncp-gmm": ncp | {"base": "gmm", "samplers": ["sir-20"]},
     }
+    evalp = {"method": "evalp", "steps": 20, "batch": 16, "flow": {"transforms": 1, "width": 8, "depth": 1}}
+    beyond = {
+        "evalp": evalp | {"groups": [0], "samplers": ["sir-20"]},
+        "amortised": {"method": "amortised", "base": "evalp", "samplers": ["ancestral"]},
+        "ncp-amortised": ncp | {"base": "amortised", "samplers": ["langevin"]},
+    }
     flat = {
         "dataset": "gaussians25",
         "model": {"name": "mlp-vae", "latents": 2, "width": 16, "initial_std": 0.1},
-        "priors": priors,
+        "priors": priors | {"evalp-gmm": evalp | {"base": "gmm", "samplers": ["sir-20"]}},
     }
     deep = {
         "dataset": "digits",
         "model": {"name": "residual-hvae", "groups_per_scale": [2, 1], "latent_channels": 2, "width": 8, "halvings": 1},
-        "priors": {name: priors[name] for name in ("normal", "ncp")},
+        "priors": {name: priors[name] for name in ("normal", "ncp")} | beyond,
         "evaluate": common["evaluate"] | {"features": "own"},
     }
     return {"run": ["flat", "deep"], "experiments": {"flat": common | flat, "deep": common | deep}}
