@@ -21,7 +21,7 @@ from models.protocol import Group
 from priors.ncp import NoiseContrastivePrior
 from priors.networks import MapScorer, NetworkOptions
 from priors.protocol import GroupPrior
-from priors.sir import SIR
+from priors.sir import BLOCK, SIR
 from runtime import hardware
 from runtime.randomness import Noise
 
@@ -52,11 +52,28 @@ class Shape:
         return 2 * total
 
 
+LABELS = ("engine, fp32", "engine, auto", "convolutions alone, fp32", "reference")
 DEEP = NetworkOptions(width=64, depth=2, halvings=1)
 STACKS = {
     "mnist-nvae-lite": [Shape(10, 1, 4, 48, NetworkOptions(width=32, depth=2))],
     "CelebA-64": [Shape(5, 20, 8, 384, DEEP), Shape(5, 20, 16, 192, DEEP), Shape(5, 20, 32, 96, DEEP)],
 }
+
+
+def convolutions(run: Callable[[], object], classifier: torch.nn.Module) -> Callable[[], None]:
+    """What the classifier's convolutions do in ``run``, and nothing else: no engine over the same kernels is faster."""
+    calls: list[tuple[torch.nn.Module, torch.Tensor]] = []
+    layers = [module for module in classifier.modules() if isinstance(module, torch.nn.Conv2d)]
+    hooks = [layer.register_forward_pre_hook(lambda layer, seen: calls.append((layer, *seen))) for layer in layers]
+    run()
+    for hook in hooks:
+        hook.remove()
+
+    def again() -> None:
+        for layer, seen in calls:
+            layer(seen)
+
+    return again
 
 
 class OneGroup:
@@ -113,7 +130,7 @@ def peak(dtype: torch.dtype) -> float:
 @torch.no_grad()
 def measure(name: str, stack: list[Shape], images: int, proposals: int, rounds: int, with_reference: bool) -> None:
     """Print a stack's table."""
-    device, totals = hardware.device(), {"engine, fp32": 0.0, "engine, auto": 0.0, "reference": 0.0}
+    device, totals = hardware.device(), dict.fromkeys(LABELS, 0.0)
     print(f"\n{name}, M = {proposals}, {images} images at a time")
     for shape in stack:
         classifier = shape.classifier()
@@ -122,15 +139,18 @@ def measure(name: str, stack: list[Shape], images: int, proposals: int, rounds: 
         plain = Concatenating(classifier.classifier).to(device)
         engines = {
             f"engine, {precision}": SIR(SIR.Options(proposals=proposals, precision=precision))
-            for precision in ("fp32", "auto")
+            for precision in (("fp32", "auto") if hardware.gains_from_bf16(device.type) else ("fp32",))
         }
 
         def engine(sampler: SIR) -> None:
             sampler.draw(prior, 0, context, lambda purpose: Noise(0, purpose, rows=range(images), device=device))  # noqa: B023
 
-        runs: dict[str, tuple[Callable[[], object], int]] = {
+        runs: dict[str, tuple[Callable[[], object], float]] = {
             label: (lambda sampler=sampler: engine(sampler), images) for label, sampler in engines.items()
         }
+        few = SIR(SIR.Options(proposals=BLOCK))
+        alone = convolutions(lambda: engine(few), classifier)  # noqa: B023
+        runs["convolutions alone, fp32"] = alone, images * BLOCK / proposals
         if with_reference:
             runs["reference"] = (lambda: sir(plain, prior.base(0, context[:1]), context[:1], proposals), 1)  # noqa: B023
         seconds: dict[str, list[float]] = {label: [] for label in runs}
@@ -142,24 +162,25 @@ def measure(name: str, stack: list[Shape], images: int, proposals: int, rounds: 
             median = statistics.median(found)
             totals[label] += shape.count * median
             rate = shape.flop() * proposals / median / 1e9
-            print(f"  {shape.count} groups of {shape.channels}x{shape.side}x{shape.side:<3d} {label:14s} "
+            print(f"  {shape.count} groups of {shape.channels}x{shape.side}x{shape.side:<3d} {label:24s} "
                   f"{shape.count * median:9.3f} s an image   {rate:8.0f} GFLOP/s")  # fmt: skip
     for label, total in totals.items():
         if total:
-            print(f"  all groups {label:14s} {total:9.3f} s an image   {totals['reference'] / total:6.2f} x")
+            print(f"  all groups {label:24s} {total:9.3f} s an image   {totals['reference'] / total:6.2f} x")
 
 
 def memory(proposals: int) -> int:
     """Peak resident memory, KiB, of a process that draws a group of the small stack with M proposals."""
     code = (
-        "import resource, sir as b, torch\n"
+        "import sir as b, torch\n"
         "torch.set_num_threads(1)\n"
         "torch.set_grad_enabled(False)\n"
         "shape = b.STACKS['mnist-nvae-lite'][0]\n"
         "prior, context = b.OneGroup(shape.classifier()), torch.randn(4, shape.context, shape.side, shape.side)\n"
         f"sampler = b.SIR(b.SIR.Options(proposals={proposals}))\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak so far: the parent's and the imports'
         "sampler.draw(prior, 0, context, lambda purpose: b.Noise(0, purpose, rows=range(4)))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=sys.path[0])
     return int(found.stdout)
