@@ -6,12 +6,14 @@ often as it occurs. Prints seconds per image, the ratio, and achieved FLOP/s nex
 """
 
 import argparse
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from reference import Concatenating, sir
@@ -120,6 +122,13 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def processor() -> str:
+    """What it runs on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names and not torch.cuda.is_available() else hardware.device_name()
+
+
 def peak(dtype: torch.dtype) -> float:
     """FLOP/s of a matrix product of 2 048."""
     a = torch.randn(2048, 2048, device=hardware.device()).to(dtype)
@@ -196,7 +205,7 @@ def main() -> None:
     parser.add_argument("--engine-only", action="store_true")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{hardware.device_name()}, one thread: a matrix product of 2 048 makes "
+    print(f"{processor()}, one thread: a matrix product of 2 048 makes "
           f"{peak(torch.float32) / 1e9:.0f} GFLOP/s in fp32, {peak(torch.bfloat16) / 1e9:.0f} in bf16")  # fmt: skip
     for name in chosen.stack or STACKS:
         measure(name, STACKS[name], chosen.images, chosen.proposals, chosen.rounds, not chosen.engine_only)
