@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from tiny import tiny, write_params
+from tiny import tiny, tiny_beyond, write_params
 
 from pipelines import cli
 
@@ -31,7 +31,7 @@ def refused(monkeypatch, capsys, *arguments):
 
 def changed(path, value):
     """The tiny parameters with one key, given by its path, set (or dropped, for None)."""
-    params = copy.deepcopy(tiny())
+    params = copy.deepcopy(tiny_beyond())
     *parents, last = path.split(".")
     at = params
     for name in parents:

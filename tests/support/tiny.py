@@ -26,24 +26,30 @@ def tiny():
         "ncp": ncp | {"samplers": ["sir-20", "langevin"]},
         "ncp-gmm": ncp | {"base": "gmm", "samplers": ["sir-20"]},
     }
-    evalp = {"method": "evalp", "steps": 20, "batch": 16, "flow": {"transforms": 1, "width": 8, "depth": 1}}
-    beyond = {
-        "evalp": evalp | {"groups": [0], "samplers": ["sir-20"]},
-        "amortised": {"method": "amortised", "base": "evalp", "samplers": ["ancestral"]},
-        "ncp-amortised": ncp | {"base": "amortised", "samplers": ["langevin"]},
-    }
     flat = {
         "dataset": "gaussians25",
         "model": {"name": "mlp-vae", "latents": 2, "width": 16, "initial_std": 0.1},
-        "priors": priors | {"evalp-gmm": evalp | {"base": "gmm", "samplers": ["sir-20"]}},
+        "priors": priors,
     }
     deep = {
         "dataset": "digits",
         "model": {"name": "residual-hvae", "groups_per_scale": [2, 1], "latent_channels": 2, "width": 8, "halvings": 1},
-        "priors": {name: priors[name] for name in ("normal", "ncp")} | beyond,
+        "priors": {name: priors[name] for name in ("normal", "ncp")},
         "evaluate": common["evaluate"] | {"features": "own"},
     }
     return {"run": ["flat", "deep"], "experiments": {"flat": common | flat, "deep": common | deep}}
+
+
+def tiny_beyond():
+    """The same with energies, amortised samplers and what is put on them."""
+    params = tiny()
+    flat, deep = (params["experiments"][name]["priors"] for name in ("flat", "deep"))
+    evalp = {"method": "evalp", "steps": 20, "batch": 16, "flow": {"transforms": 1, "width": 8, "depth": 1}}
+    flat["evalp-gmm"] = evalp | {"base": "gmm", "samplers": ["sir-20"]}
+    deep["evalp"] = evalp | {"groups": [0], "samplers": ["sir-20"]}
+    deep["amortised"] = {"method": "amortised", "base": "evalp", "samplers": ["ancestral"]}
+    deep["ncp-amortised"] = flat["ncp"] | {"base": "amortised", "samplers": ["langevin"]}
+    return params
 
 
 def write_params(folder, params):
