@@ -32,6 +32,7 @@ from runtime.progress import Report, silent
 from runtime.randomness import Noise
 
 PROPOSALS_AT_ONCE = 100
+SAMPLES_AT_ONCE = 100  # of each example: what a pass works on stays in the cache, and memory does not grow with S
 SOME_BLOCKS = 8
 
 Count = Annotated[int, Field(ge=1)]
@@ -82,11 +83,10 @@ class Pool:
             self._sums[count] = self.log_r[: len(self.log_r) // count * count].double().view(-1, count).logsumexp(1).float()
         return self._sums[count]
 
-    def log_sums(self, count: int, rows: Sequence[int], repeats: int) -> Tensor:
-        """log Σ r over a block of ``count`` samples, for every (repeat, row): shape (repeats x rows,), repeat-major."""
+    def log_sums(self, count: int, positions: Tensor) -> Tensor:
+        """log Σ r over a block of ``count`` samples for each of ``positions`` (n,), round and round the pool: shape (n,)."""
         sums = self._block_sums(count)
-        position = torch.tensor(rows)[None] * repeats + torch.arange(repeats)[:, None]
-        return sums[(position % len(sums)).flatten().to(sums.device)]
+        return sums[(positions % len(sums)).to(sums.device)]
 
     def error(self, count: int) -> float:
         """Standard error, nats, of the mean over blocks of ``count`` samples of log Σ r: one for all examples."""
@@ -161,15 +161,38 @@ def log_likelihoods(
         ``NAME/log-z/k00/N`` … (mean over the example's posterior samples of log Ẑ_k) and ``NAME/elbo-gain/k00`` … (the
         like mean of log r − log normaliser of SIR with the most proposals: what the group adds to the ELBO).
     """
-    device, S, marks = x.device, options.samples, _marks(options)
-    features = [feature.repeat(S, *[1] * (feature.dim() - 1)) for feature in model.encode(x)]
+    S, features = options.samples, model.encode(x)
+    passes = [
+        _one_pass(model, priors, pools, x, features, rows, range(first, min(first + SAMPLES_AT_ONCE, S)), seed, options)
+        for first in range(0, S, SAMPLES_AT_ONCE)
+    ]
+    weights = {key: torch.stack([one[key] for one, _ in passes]).logsumexp(0) - math.log(S) for key in passes[0][0]}
+    return weights | {key: torch.stack([one[key] for _, one in passes]).sum(0) / S for key in passes[0][1]}
+
+
+def _one_pass(
+    model: HierarchicalVAE,
+    priors: Mapping[str, LearnedPrior],
+    pools: Mapping[str, Pool],
+    x: Tensor,
+    features: Sequence[Tensor],
+    rows: Sequence[int],
+    samples: range,
+    seed: int,
+    options: LikelihoodOptions,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Some of the posterior samples of every example: log Σ of their importance weights, and Σ of what is averaged."""
+    device, S, marks = x.device, len(samples), _marks(options)
+    features = [feature.repeat(S, *[1] * (feature.dim() - 1)) for feature in features]
+    positions = (torch.tensor(rows)[None] * options.samples + torch.tensor(samples)[:, None]).flatten()
     log_q = x.new_zeros(S * len(x))
     log_base = {name: torch.zeros_like(log_q) for name in priors}
     log_norm: dict[str, Tensor] = {}
     by_group: dict[str, Tensor] = {}
 
     def stream(purpose: str, k: int) -> Noise:
-        return Noise(seed, f"likelihood-{purpose}", k, rows=rows, repeats=S, device=device)
+        step = samples.start // SAMPLES_AT_ONCE
+        return Noise(seed, f"likelihood-{purpose}", k, step, rows=rows, repeats=S, device=device)
 
     def choose(k: int, context: Tensor) -> Tensor:
         nonlocal log_q
@@ -183,26 +206,26 @@ def log_likelihoods(
                 log_r = prior.log_ratio(k, z, context).float() if prior.proposes else log_w
                 log_base[name] += log_r
                 sums = (
-                    {mark: pools[name].log_sums(mark, rows, S) for mark in marks}
+                    {mark: pools[name].log_sums(mark, positions) for mark in marks}
                     if k == 0
                     else _fresh_log_sums(prior, k, context, stream(f"normaliser-{name}", k), marks)
                 )
                 _add_normalisers(name, sums, log_w, options, log_norm)
                 for n in options.normaliser:
-                    by_group[f"{name}/log-z/k{k:02d}/{n}"] = (sums[n] - math.log(n)).view(S, -1).mean(0)
+                    by_group[f"{name}/log-z/k{k:02d}/{n}"] = (sums[n] - math.log(n)).view(S, -1).sum(0)
                 gain = log_r - _sampler_normaliser(sums, log_w, max(options.proposals))
-                by_group[f"{name}/elbo-gain/k{k:02d}"] = gain.view(S, -1).mean(0)
+                by_group[f"{name}/elbo-gain/k{k:02d}"] = gain.view(S, -1).sum(0)
         return z
 
     decoded = model.decode(descend(model, S * len(x), choose))
     log_weight = decoded.log_prob(x.repeat(S, *[1] * (x.dim() - 1))) - log_q
 
-    def importance_weighted(log_prior: Tensor) -> Tensor:
-        return (log_weight + log_prior).view(S, -1).logsumexp(0) - math.log(S)
+    def weighed(log_prior: Tensor) -> Tensor:
+        return (log_weight + log_prior).view(S, -1).logsumexp(0)
 
-    exact = {name: importance_weighted(log_base[name]) for name, prior in priors.items() if prior.exact}
-    corrected = {key: importance_weighted(log_base[key.split("/")[0]] - norm) for key, norm in log_norm.items()}
-    return exact | corrected | by_group
+    exact = {name: weighed(log_base[name]) for name, prior in priors.items() if prior.exact}
+    corrected = {key: weighed(log_base[key.split("/")[0]] - norm) for key, norm in log_norm.items()}
+    return exact | corrected, by_group
 
 
 def _sampler_normaliser(sums: Mapping[int, Tensor], log_w: Tensor, m: int) -> Tensor:

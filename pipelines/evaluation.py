@@ -20,7 +20,8 @@ from metrics.likelihood import (
     log_likelihoods,
     mean_and_error,
 )
-from models.protocol import by_posterior, descend
+from models.folding import folded
+from models.protocol import HierarchicalVAE, by_posterior, descend
 from pipelines.config import BASELINE, Experiment, plain
 from pipelines.results import Row
 from pipelines.work import Seeded, under_floor
@@ -48,8 +49,15 @@ class Evaluation:
     report: Report
     examples: int | None = None  # for a quick look: this many test examples, for the likelihoods
 
+    @cached_property
+    def _model(self) -> HierarchicalVAE:
+        """What likelihoods are computed by."""
+        return folded(self.at.vae)
+
     def rows(self) -> Iterator[Row]:
         """All of them."""
+        for prior, sampler in self.at.draws():  # likelihoods take long: better to miss samples before them than after
+            self.at.samples(prior, sampler)
         yield from self._training()
         yield from self._likelihoods()
         for prior, options in self.at.experiment.priors.items():
@@ -92,11 +100,11 @@ class Evaluation:
 
         def compute(rows: range) -> dict[str, Tensor]:
             x = examples[rows.start : rows.stop].to(hardware.device())
-            found = log_likelihoods(at.vae, priors, pools, x, rows, seed, options)
+            found = log_likelihoods(self._model, priors, pools, x, rows, seed, options)
             for prior in pools:
-                losses = contrastive_losses(at.vae, priors[prior], x, rows, seed)
+                losses = contrastive_losses(self._model, priors[prior], x, rows, seed)
                 found |= {f"{prior}/nce-loss/k{k:02d}": loss for k, loss in enumerate(losses)}
-            terms = divergences(at.vae, x, rows, seed)
+            terms = divergences(self._model, x, rows, seed)
             return found | {f"{BASELINE}/kl/k{k:02d}": term for k, term in enumerate(terms)}
 
         digests = [at.prior_document(prior, k)["digest"] for prior in priors for k in range(at.vae.groups)]
@@ -117,19 +125,19 @@ class Evaluation:
         """The model's own prior, in full, and how it was measured: the same for every seed that shares the VAE."""
         alone = {"gains": None, "normaliser": [1], "proposals": [1]}
         options = self.at.experiment.evaluate.likelihood.model_copy(update=alone)
-        priors = {BASELINE: self.at.prior(BASELINE)}
+        priors = {BASELINE: self.at.prior(BASELINE, self._model)}
         return self._measured("base", self.at.vae_seed, priors, {}, options, self._limit), options
 
     def _likelihoods(self) -> Iterator[Row]:
         at, options, limit = self.at, self.at.experiment.evaluate.likelihood, self._limit
-        priors = {name: at.prior(name) for name in at.experiment.priors}
+        priors = {name: at.prior(name, self._model) for name in at.experiment.priors}
         if options.gains is not None:
             found, alone = self.base()
             yield from self._likelihood_rows(found, {}, alone)
             limit = min(limit, options.gains.examples)
             options = options.model_copy(update={"samples": options.gains.samples})
         pools = {
-            name: fill_pool(at.vae, prior, at.seed, options.pool, self.report)
+            name: fill_pool(self._model, prior, at.seed, options.pool, self.report)
             for name, prior in priors.items()
             if not prior.exact
         }

@@ -146,8 +146,8 @@ def _library_bound(m):
     options = LikelihoodOptions(samples=1, normaliser=[1], proposals=[m])
     found = []
     for value in range(4):
-        rows = range(200_000 // max(1, m - 1))
-        sums = {n: pool.log_sums(n, rows, 1) for n in {1, *([m - 1] if m > 1 else [])}}
+        rows = torch.arange(200_000 // max(1, m - 1))
+        sums = {n: pool.log_sums(n, rows) for n in {1, *([m - 1] if m > 1 else [])}}
         norms = {}
         _add_normalisers("x", sums, log_r[value].expand(len(rows)), options, norms)
         found.append((math.log(PROBABILITIES[value]) + log_r[value] - norms[f"x/sampler/{m}"]).mean().item())

@@ -18,7 +18,11 @@ def tiny():
             "langevin": {"method": "langevin", "steps": 3, "step_size": 0.01, "metropolis": True},
         },
         "sample": {"images": 30, "batch": 20, "decoding": "mean"},
-        "evaluate": {"likelihood": {"samples": 4, "normaliser": [5, 20], "proposals": [5, 20]}, "examples": 30, "batch": 20},
+        "evaluate": {
+            "likelihood": {"samples": 4, "normaliser": [5, 20], "proposals": [5, 20], "pool": 4096},
+            "examples": 30,
+            "batch": 20,
+        },
     }
     priors = {
         "normal": {"method": "normal", "samplers": ["ancestral"]},
