@@ -6,17 +6,16 @@ often as it occurs. Prints seconds per image, the ratio, and achieved FLOP/s nex
 """
 
 import argparse
-import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from reference import Concatenating, sir
+from timing import processor
 
 from models.distributions import DiagonalNormal
 from models.protocol import Group
@@ -120,13 +119,6 @@ def timed(run: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-def processor() -> str:
-    """What it runs on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return names[0] if names and not torch.cuda.is_available() else hardware.device_name()
 
 
 def peak(dtype: torch.dtype) -> float:

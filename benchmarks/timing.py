@@ -1,8 +1,14 @@
 """Time alternatives side by side: alternating runs, medians, ratios to the first."""
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from runtime import hardware
 
 
 def compare(alternatives: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
@@ -28,3 +34,10 @@ def compare(alternatives: Mapping[str, Callable[[], object]], rounds: int = 15) 
     for name, median in medians.items():
         print(f"{name:40s} {median * 1e3:10.2f} ms   {first / median:6.2f} x")
     return medians
+
+
+def processor() -> str:
+    """What it runs on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names and not torch.cuda.is_available() else hardware.device_name()
