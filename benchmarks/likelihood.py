@@ -1,4 +1,4 @@
-"""Importance samples of the hierarchical VAE on a CPU: samples a pass, batch norms folded, freed memory kept or given back."""
+"""Importance samples of the hierarchical VAE on a CPU: samples a pass, batch norms folded, freed memory kept or not."""
 
 from unittest import mock
 
