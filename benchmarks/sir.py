@@ -18,6 +18,7 @@ from reference import Concatenating, sir
 from timing import processor
 
 from models.distributions import DiagonalNormal
+from models.folding import folded
 from models.protocol import Group
 from priors.ncp import NoiseContrastivePrior
 from priors.networks import MapScorer, NetworkOptions
@@ -53,7 +54,7 @@ class Shape:
         return 2 * total
 
 
-LABELS = ("engine, fp32", "engine, auto", "convolutions alone, fp32", "reference")
+LABELS = ("engine, fp32", "engine, auto", "engine, fp32, norms not folded", "convolutions alone, fp32", "reference")
 DEEP = NetworkOptions(width=64, depth=2, halvings=1)
 STACKS = {
     "mnist-nvae-lite": [Shape(10, 1, 4, 48, NetworkOptions(width=32, depth=2))],
@@ -134,21 +135,23 @@ def measure(name: str, stack: list[Shape], images: int, proposals: int, rounds: 
     device, totals = hardware.device(), dict.fromkeys(LABELS, 0.0)
     print(f"\n{name}, M = {proposals}, {images} images at a time")
     for shape in stack:
-        classifier = shape.classifier()
+        trained = shape.classifier()
+        classifier = folded(trained)
         prior, context = OneGroup(classifier), torch.randn(images, shape.context, shape.side, shape.side, device=device)
-        assert isinstance(classifier.classifier, MapScorer)
-        plain = Concatenating(classifier.classifier).to(device)
+        assert isinstance(trained.classifier, MapScorer)
+        plain = Concatenating(trained.classifier).to(device)
         engines = {
             f"engine, {precision}": SIR(SIR.Options(proposals=proposals, precision=precision))
             for precision in (("fp32", "auto") if hardware.gains_from_bf16(device.type) else ("fp32",))
         }
 
-        def engine(sampler: SIR) -> None:
+        def engine(sampler: SIR, prior: OneGroup = prior) -> None:
             sampler.draw(prior, 0, context, lambda purpose: Noise(0, purpose, rows=range(images), device=device))  # noqa: B023
 
         runs: dict[str, tuple[Callable[[], object], float]] = {
             label: (lambda sampler=sampler: engine(sampler), images) for label, sampler in engines.items()
         }
+        runs["engine, fp32, norms not folded"] = (lambda: engine(engines["engine, fp32"], OneGroup(trained)), images)  # noqa: B023
         few = SIR(SIR.Options(proposals=BLOCK))
         alone = convolutions(lambda: engine(few), classifier)  # noqa: B023
         runs["convolutions alone, fp32"] = alone, images * BLOCK / proposals
@@ -163,11 +166,11 @@ def measure(name: str, stack: list[Shape], images: int, proposals: int, rounds: 
             median = statistics.median(found)
             totals[label] += shape.count * median
             rate = shape.flop() * proposals / median / 1e9
-            print(f"  {shape.count} groups of {shape.channels}x{shape.side}x{shape.side:<3d} {label:24s} "
+            print(f"  {shape.count} groups of {shape.channels}x{shape.side}x{shape.side:<3d} {label:30s} "
                   f"{shape.count * median:9.3f} s an image   {rate:8.0f} GFLOP/s")  # fmt: skip
     for label, total in totals.items():
         if total:
-            print(f"  all groups {label:24s} {total:9.3f} s an image   {totals['reference'] / total:6.2f} x")
+            print(f"  all groups {label:30s} {total:9.3f} s an image   {totals['reference'] / total:6.2f} x")
 
 
 def memory(proposals: int) -> int:
@@ -177,7 +180,7 @@ def memory(proposals: int) -> int:
         "torch.set_num_threads(1)\n"
         "torch.set_grad_enabled(False)\n"
         "shape = b.STACKS['mnist-nvae-lite'][0]\n"
-        "prior, context = b.OneGroup(shape.classifier()), torch.randn(4, shape.context, shape.side, shape.side)\n"
+        "prior, context = b.OneGroup(b.folded(shape.classifier())), torch.randn(4, shape.context, shape.side, shape.side)\n"
         f"sampler = b.SIR(b.SIR.Options(proposals={proposals}))\n"
         "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak so far: the parent's and the imports'
         "sampler.draw(prior, 0, context, lambda purpose: b.Noise(0, purpose, rows=range(4)))\n"

@@ -15,6 +15,7 @@ from torch import Tensor
 from datasets import dataset as data
 from datasets.registry import spec
 from models import registry as models
+from models.folding import folded
 from models.protocol import HierarchicalVAE, Tempered
 from models.trainer import train_vae
 from pipelines.config import Config, Experiment, plain, validate
@@ -163,7 +164,7 @@ class Seeded:
             tensors, document = checkpoints.load_verified(path, identity, f"priorhole train-prior {self.name}")
             group = self.new_group(prior, k)
             checkpoints.restore(group, tensors, path)
-            self._groups[prior, k] = group.eval().requires_grad_(False), document
+            self._groups[prior, k] = folded(group.eval().requires_grad_(False)), document
         return self._groups[prior, k]
 
     def prior_document(self, prior: str, k: int) -> dict[str, Any]:

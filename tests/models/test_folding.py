@@ -3,7 +3,8 @@ from torch import nn
 
 from models.folding import folded
 from models.nvae import NVAE, DecoderCell
-from models.protocol import by_posterior, descend
+from models.protocol import Group, by_posterior, descend
+from priors.networks import MapScorer, NetworkOptions
 from runtime.randomness import Noise
 
 
@@ -30,3 +31,18 @@ def test_a_folded_model_computes_the_same_with_fewer_norms():
     assert torch.equal(decode(vae, x), before)  # the original is as it was
     cells = sum(isinstance(module, DecoderCell) for module in vae.modules())
     assert sum(isinstance(module, nn.BatchNorm2d) for module in small.modules()) == len(norms) - 3 * cells
+
+
+def test_a_folded_classifier_keeps_its_scores_and_their_gradients():
+    """Swish in place must not spoil what Langevin dynamics differentiates."""
+    torch.manual_seed(0)
+    scorer = MapScorer(NetworkOptions(width=8, depth=2, halvings=1), Group(1, (2, 4, 4), (3, 4, 4)))
+    for norm in (module for module in scorer.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        norm.running_mean.normal_()
+    scorer.eval().requires_grad_(False)
+    z, context = torch.randn(5, 2, 4, 4, requires_grad=True), torch.randn(5, 3, 4, 4)
+    found = [model(z, model.prepare(context)) for model in (scorer, folded(scorer))]
+    gradients = [torch.autograd.grad(scores.sum(), z)[0] for scores in found]
+    assert torch.allclose(*found, atol=1e-5)
+    assert torch.allclose(*gradients, atol=1e-5)
