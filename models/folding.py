@@ -23,10 +23,9 @@ def folded(model: Model) -> Model:
             if isinstance(cells[i], nn.Conv2d | nn.BatchNorm2d | nn.Linear) and isinstance(cells[i + 1], nn.SiLU):
                 cells[i + 1] = nn.SiLU(inplace=True)  # what those layers put out is used by nothing else
         for i in range(len(cells) - 1):
-            if _foldable(cells[i]) and isinstance(cells[i + 1], nn.BatchNorm2d):
-                cells[i], cells[i + 1] = fuse_conv_bn_eval(cells[i], cells[i + 1]), nn.Identity()
+            layer, norm = cells[i], cells[i + 1]
+            if isinstance(layer, NormalisedConv2d):  # its filters are not its weights
+                continue
+            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                cells[i], cells[i + 1] = fuse_conv_bn_eval(layer, norm), nn.Identity()
     return model
-
-
-def _foldable(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and not isinstance(layer, NormalisedConv2d)
