@@ -172,9 +172,13 @@ def _gain_against_base(dataset: str, frame: pd.DataFrame) -> Figure | None:
         axis.errorbar(
             base.value.to_numpy(), points.value, points.interval, base.interval.to_numpy(), "o", capsize=3, label=prior
         )
-    for experiment in most.experiment.unique():
-        top = most[most.experiment == experiment].value.max()
-        axis.annotate(experiment, (bases.value[experiment], top), fontsize=8, xytext=(4, 6), textcoords="offset points")
+    middle = sum(axis.get_xlim()) / 2
+    ordered = bases.value[most.experiment.unique()].sort_values()
+    for i, (experiment, value) in enumerate(ordered.items()):
+        top, side = most[most.experiment == experiment].value.max(), 1 if value < middle else -1
+        place = (4 * side, 6 + 11 * (i % 3))  # bases of like quality would write over each other
+        align = "left" if side == 1 else "right"
+        axis.annotate(str(experiment), (value, top), fontsize=8, xytext=place, textcoords="offset points", ha=align)
     axis.axhline(0, linewidth=1, color="0.5")
     axis.set(xlabel="log-likelihood of the base (nats)", ylabel="gain, sampler bound (nats)", title=dataset)
     axis.legend(fontsize=8)
