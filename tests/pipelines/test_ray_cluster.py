@@ -55,33 +55,42 @@ def test_two_nodes_learn_the_classifiers_that_one_process_learns(cluster, stage)
     assert digests(at.root) == expected
 
 
-def workers(cluster):
-    """Processes of the cluster that run a task now: children of its nodes, titled so by Ray."""
-    nodes = {node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()}
-    found = []
+def workers(node):
+    """Processes of a node that run a task now: children of its raylet, titled so by Ray."""
+    raylet, found = node.all_processes["raylet"][0].process.pid, []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             title, parent = (folder / "cmdline").read_text(), int((folder / "stat").read_text().rsplit(")")[-1].split()[1])
         except OSError:
             continue
-        if title.startswith("ray::_call") and parent in nodes:
+        if title.startswith("ray::_call") and parent == raylet:
             found.append(int(folder.name))
     return found
 
 
 def disturbed(cluster, at, disturb):
-    """Stage 2 in two shards, with ``disturb(worker)`` called once both of them are training."""
+    """Stage 2 in two shards, with ``disturb(worker)`` called once the second node's worker is training.
+
+    The first node's worker is held until then: else it might do both shards before the second node's has started.
+    """
     called = threading.Event()
 
     def wait():
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            running = workers(cluster)
-            if len(running) == 2 and len(list((at.root / "artifacts" / ".progress").rglob("*.json"))) == 2:
-                disturb(running[-1])
+        held, seen, deadline = [], None, time.monotonic() + 120
+        while time.monotonic() < deadline and not called.is_set():
+            for worker in set(workers(cluster.head_node)) - set(held):
+                os.kill(worker, signal.SIGSTOP)
+                held.append(worker)
+                seen = None  # what it wrote before it was held says nothing of the second node's
+            progress = {path: path.read_text() for path in (at.root / "artifacts" / ".progress").rglob("*.json")}
+            running = workers(cluster.second)
+            if running and seen is not None and progress != seen:
+                disturb(running[0])
                 called.set()
-                return
+            seen = progress
             time.sleep(0.02)
+        for worker in held:
+            os.kill(worker, signal.SIGCONT)
 
     waiting = threading.Thread(target=wait)
     waiting.start()
