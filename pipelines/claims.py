@@ -9,7 +9,6 @@ A claim is judged by what it says:
 - ``correlation``: two metrics rise together over groups and seeds: Spearman's rank correlation, p < 0.05.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,11 +183,10 @@ def _judge(claim: Claim, table: pd.DataFrame) -> Verdict:
         )
     if claim.kind == "correlation":
         return _correlation(claim, *rows)
-    ours = [results.over_seeds(found).iloc[0] for found in rows]
     sign = 1 if claim.direction == "higher" else -1
     if claim.kind in ("ordering", "no-worse"):
-        difference, interval = ours[0].value - ours[1].value, math.hypot(ours[0].interval, ours[1].interval)
-        note = f"{ours[0].value:.3g} against {ours[1].value:.3g}"
+        difference, interval = results.difference(*rows)
+        note = " against ".join(f"{found.value.mean(skipna=False):.3g}" for found in rows)
         if claim.kind == "ordering":
             return Verdict(claim, _word(sign * difference > interval), difference, interval, note)
         assert claim.tolerance is not None
@@ -196,7 +194,7 @@ def _judge(claim: Claim, table: pd.DataFrame) -> Verdict:
         return Verdict(claim, _word(good), difference, interval, f"{note}; tolerance {claim.tolerance.value:g}")
     assert claim.value is not None
     assert claim.tolerance is not None
-    value, interval = ours[0].value, ours[0].interval
+    ((value, interval),) = results.over_seeds(rows[0])[["value", "interval"]].to_numpy()
     good = sign * (value - claim.value) >= -claim.tolerance.value
     if claim.kind == "gain":
         good = good and sign * value > interval

@@ -78,7 +78,8 @@ class Experiment(Options):
 
     ``seeds`` repeat all of it; with ``vae_seed``, one VAE of that seed serves them all, and they repeat what follows. A
     prior's ``base`` is the prior that it is put on, the model's own if absent; its ``groups`` are those that it corrects,
-    all if absent: the others keep the base.
+    all if absent: the others keep the base. ``trained_in`` names an experiment whose VAE and priors serve this one, as far
+    as it has none of its own and they are of the same configuration.
     """
 
     dataset: str
@@ -90,6 +91,7 @@ class Experiment(Options):
     samplers: dict[str, SamplerChoice]
     sample: SampleOptions
     evaluate: EvaluateOptions
+    trained_in: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Experiment":
@@ -155,6 +157,9 @@ class Config(Options):
         for name in self.run:
             if name not in self.experiments:
                 raise ValueError(f"run: {name!r} is not among the experiments: {', '.join(self.experiments)}")
+        for name, experiment in self.experiments.items():
+            if experiment.trained_in is not None and experiment.trained_in not in self.experiments:
+                raise ValueError(f"experiments.{name}.trained_in: experiment {experiment.trained_in!r} does not exist")
         return self
 
     def experiment(self, name: str) -> Experiment:

@@ -1,7 +1,8 @@
 """The figures of the report. Numbers come from results.csv alone; pictures of samples and latents from the artifacts."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from datasets.registry import Truth, spec
 from models.protocol import by_posterior, descend
 from pipelines import results
+from pipelines.config import BASELINE
 from pipelines.evaluation import sir_of_size
 from pipelines.work import Seeded
 from runtime import hardware
@@ -29,12 +31,13 @@ POINTS = 2000
 PLANE, CELLS = 3.5, 301  # half the side of the latent plane that is shown, and its resolution
 
 
-def of_results(frame: pd.DataFrame, folder: Path) -> Iterator[Path]:
+def of_results(frame: pd.DataFrame, folder: Path, bases: Collection[str]) -> Iterator[Path]:
     """Draw the figures that need results.csv alone, one set per experiment.
 
     Args:
         frame: the results over seeds.
         folder: where the PNG files go.
+        bases: experiments with a VAE of their own, which gains are shown against.
 
     Yields:
         The paths written.
@@ -50,7 +53,7 @@ def of_results(frame: pd.DataFrame, folder: Path) -> Iterator[Path]:
             figure = draw(str(experiment), own)
             if figure is not None:
                 yield _save(figure, folder / f"{experiment}-{name}.png")
-    for dataset, own in frame.groupby("dataset"):
+    for dataset, own in frame[frame.experiment.isin(bases)].groupby("dataset"):
         figure = _gain_against_base(str(dataset), own)
         if figure is not None:
             yield _save(figure, folder / f"{dataset}-gain.png")
@@ -97,44 +100,46 @@ def _dots(axis: Axes, points: torch.Tensor, size: float, **style: Any) -> None:
 
 
 def _convergence(experiment: str, frame: pd.DataFrame) -> Figure | None:
-    """Likelihood under the plug-in against N, and under the sampler bound against M, for every corrected prior."""
-    curves = frame[frame.metric.str.match(r"loglik-plugin/N\d+$|loglik-sampler$")].copy()
+    """What every corrected prior gains by the plug-in against N, and under the sampler bound against M; log Ẑ against N.
+
+    Gains, since they are paired: the test set's own spread, which all priors share, would hide everything else.
+    """
+    curves = frame[frame.metric.str.match(r"loglik-gain-plugin/N\d+$|loglik-gain-sampler$")].copy()
     if curves.empty:
         return None
-    plugin = curves.metric.str.startswith("loglik-plugin")
+    plugin = curves.metric.str.startswith("loglik-gain-plugin")
     text = curves.metric.where(plugin, curves.sampler).str.extract(r"(\d+)$")[0]
-    curves["count"], curves["kind"] = text.astype(int), np.where(plugin, "plug-in, N", "sampler bound, M")
-    figure, (axis, below, apart) = _panels(3, 5.0)
+    curves["count"], curves["kind"] = text.astype(int), np.where(plugin, "plug-in", "sampler bound")
+    pairs = curves.pivot_table(index=["prior", "count"], columns="kind", values="value").dropna()
+    figure, (axis, below, *apart) = _panels(3 if len(pairs) else 2, 5.0)
+    colours = {prior: f"C{i}" for i, prior in enumerate(sorted(curves.prior.unique()))}
     for (prior, kind), curve in curves.groupby(["prior", "kind"]):
         ordered = curve.sort_values("count")
-        axis.errorbar(ordered["count"], ordered.value, ordered.interval, marker="o", capsize=3, label=f"{prior}: {kind}")
-    for _, exact in frame[(frame.metric == "loglik")].iterrows():
-        axis.axhline(exact.value, linestyle="--", linewidth=1, color="0.5")
-        axis.annotate(exact.prior, (0.01, exact.value), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
-    axis.set(xscale="log", xlabel="base samples per context", ylabel="log-likelihood (nats per example)", title=experiment)
-    axis.legend(fontsize=8)
+        label, style = ("_", "o--") if kind == "plug-in" else (prior, "s-")
+        colour = colours[prior]
+        axis.errorbar(ordered["count"], ordered.value, ordered.interval, fmt=style, color=colour, capsize=3, label=label)
+    exact = frame[frame.metric == "loglik-gain"]
+    for prior, gain in [(BASELINE, 0.0), *zip(exact.prior, exact.value, strict=True)]:
+        axis.axhline(gain, linestyle=":", linewidth=1, color="0.5")
+        axis.annotate(prior, (0.01, gain), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+    shown, margin = [0.0, *curves.value, *exact.value], 2 * curves.interval.median()
+    axis.set_ylim(min(shown) - margin, max(shown) + margin)  # an estimate that broke down would flatten all others
+    axis.set(xscale="log", xlabel="base samples per context", ylabel="gain over the base (nats)")
+    axis.set_title(f"{experiment}\nsampler bound against M (solid), plug-in against N (dashed)", fontsize=10)
     log_z = frame[frame.metric.str.match(r"log-z/k\d\d/N")]
     for (prior, group), curve in log_z.groupby(["prior", log_z.metric.str[6:9]]):
         counts = curve.metric.str.extract(r"(\d+)$")[0].astype(int)
-        order = counts.argsort()
-        below.errorbar(
-            counts.iloc[order],
-            curve.value.iloc[order],
-            curve.interval.iloc[order],
-            marker="o",
-            capsize=3,
-            label=f"{prior}, {group}",
-        )
+        ordered = curve.assign(count=counts).sort_values("count")
+        below.errorbar(ordered["count"], ordered.value, ordered.interval, marker="o", capsize=3, label=f"{prior}, {group}")
     below.set(xscale="log", xlabel="base samples per context, N", ylabel="log Ẑ (nats)", title=experiment)
-    below.legend(fontsize=8)
-    for prior, own in curves.groupby("prior"):
-        # The same count stands for N and for M; the two must meet.
-        value = own.pivot_table(index="count", columns="kind", values="value").dropna()
-        if len(value):
-            apart.plot(value.index, value["plug-in, N"] - value["sampler bound, M"], marker="o", label=str(prior))
-    apart.axhline(0, linewidth=1, color="0.5")
-    apart.set(xscale="log", xlabel="N = M", ylabel="plug-in − sampler bound (nats)", title=experiment)
-    apart.legend(fontsize=8)
+    for axis_apart in apart:  # the same count stands for N and for M; the two must meet
+        for prior, own in pairs.groupby("prior"):
+            difference = own["plug-in"] - own["sampler bound"]
+            axis_apart.plot(own.index.get_level_values(1), difference, marker="o", color=colours[prior], label=str(prior))
+        axis_apart.axhline(0, linewidth=1, color="0.5")
+        axis_apart.set(xscale="log", xlabel="N = M", ylabel="plug-in − sampler bound (nats)", title=experiment)
+    for each in (axis, below, *apart):
+        each.legend(fontsize=6)
     return figure
 
 
@@ -158,30 +163,29 @@ def _by_group(experiment: str, frame: pd.DataFrame) -> Figure | None:
 
 
 def _gain_against_base(dataset: str, frame: pd.DataFrame) -> Figure | None:
-    """What a corrected prior gains, against how good the base is: a point per experiment and prior."""
-    bases = frame[(frame.metric == "loglik") & (frame.prior == "normal")].set_index("experiment")
+    """What a corrected prior gains, against how good the base is: a marker per experiment, a colour per prior."""
+    bases = frame[(frame.metric == "loglik") & (frame.prior == BASELINE)].set_index("experiment")
     gains = frame[frame.metric == "loglik-gain-sampler"].copy()
     gains["count"] = gains.sampler.str.extract(r"(\d+)$")[0].astype(int)
     most = gains.sort_values("count").groupby(["experiment", "prior"]).tail(1)
     most = most[most.experiment.isin(bases.index)]
-    if most.experiment.nunique() < 2:
+    several = most.groupby("prior").experiment.nunique() > 1
+    most = most[most.prior.map(several)]
+    if most.empty:
         return None
     figure, (axis,) = _panels(1, 6.0)
-    for prior, points in most.groupby("prior"):
-        base = bases.loc[points.experiment]
-        axis.errorbar(
-            base.value.to_numpy(), points.value, points.interval, base.interval.to_numpy(), "o", capsize=3, label=prior
-        )
-    middle = sum(axis.get_xlim()) / 2
-    ordered = bases.value[most.experiment.unique()].sort_values()
-    for i, (experiment, value) in enumerate(ordered.items()):
-        top, side = most[most.experiment == experiment].value.max(), 1 if value < middle else -1
-        place = (4 * side, 6 + 11 * (i % 3))  # bases of like quality would write over each other
-        align = "left" if side == 1 else "right"
-        axis.annotate(str(experiment), (value, top), fontsize=8, xytext=place, textcoords="offset points", ha=align)
+    colours = {prior: f"C{i}" for i, prior in enumerate(sorted(most.prior.unique()))}
+    ordered = bases.value[most.experiment.unique()].sort_values().index
+    for experiment, marker in zip(ordered, cycle("os^vDP*X"), strict=False):
+        for point in most[most.experiment == experiment].sort_values("prior").itertuples():
+            base, colour = bases.loc[experiment], colours[point.prior]
+            label = f"{point.prior}, {experiment}"
+            axis.errorbar(
+                base.value, point.value, point.interval, base.interval, marker, color=colour, capsize=3, label=label
+            )
     axis.axhline(0, linewidth=1, color="0.5")
     axis.set(xlabel="log-likelihood of the base (nats)", ylabel="gain, sampler bound (nats)", title=dataset)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=7)
     return figure
 
 

@@ -90,6 +90,11 @@ def _methods(frame: pd.DataFrame) -> Iterator[str]:
         cells += [f"{row[name]:.3g}" for name in ("ess-fraction", "mmd2")]
         yield f"| {row['prior']} | {row['sampler']} | {' | '.join(cells)} |"
     yield "\nESS as a fraction, and squared MMD, are means over the groups; log-likelihoods are in nats, times in seconds.\n"
+    found = frame[frame.metric.isin(["loglik", "loglik-plugin"]) & (frame.features != "")]
+    measured = found.groupby(["features", "n"]).prior
+    if len(measured) > 1:
+        ways = [f"{', '.join(priors.unique())} with {how} on {n} examples" for (how, n), priors in measured]
+        yield f"Log-likelihoods were measured of {'; of '.join(ways)}: compare those by their gains, which are paired.\n"
 
 
 def _with_interval(value: float, interval: float) -> str:

@@ -15,11 +15,15 @@ from runtime.files import write_text
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of the table: its unit, whether ``higher`` or ``lower`` is better (or neither), and what it is."""
+    """A metric of the table: its unit, whether ``higher`` or ``lower`` is better (or neither), and what it is.
+
+    ``drawn``: its standard error comes from what a seed draws alone, so that it averages out over seeds.
+    """
 
     unit: str
     better: str
     meaning: str
+    drawn: bool = False
 
 
 METRICS: dict[str, Metric] = {
@@ -32,20 +36,24 @@ METRICS: dict[str, Metric] = {
     r"kl/k\d\d": Metric("nats", "", "KL(q || p) of a group under the model's own prior, test examples"),
     r"elbo-gain/k\d\d": Metric("nats", "higher", "what a group's correction adds to the ELBO, SIR with the most proposals"),
     r"bits-per-dim": Metric("bits/dim", "lower", "negative log-likelihood per dimension"),
-    r"ess-fraction/k\d\d": Metric("", "higher", "effective sample size as a fraction of M, or of a chain's states"),
-    r"ess-floor-share/k\d\d": Metric("", "lower", "share of images with an effective sample size under 10"),
-    r"acceptance/k\d\d": Metric("", "", "share of Langevin steps that the Metropolis correction accepts"),
+    r"ess-fraction/k\d\d": Metric("", "higher", "effective sample size as a fraction of M, or of a chain's", drawn=True),
+    r"ess-floor-share/k\d\d": Metric("", "lower", "share of images with an effective sample size under 10", drawn=True),
+    r"acceptance/k\d\d": Metric("", "", "share of Langevin steps that the Metropolis correction accepts", drawn=True),
     r"nce-loss/k\d\d": Metric("nats", "", "classifier's loss on test examples; 2 ln 2 = 1.386 at chance"),
     r"log-z/k\d\d(/N\d+)?": Metric(
         "nats", "", "log Ẑ from N base samples, the largest N if unnamed; 0 for an optimal classifier"
     ),
     r"mmd2/k\d\d": Metric("", "lower", "squared MMD of the prior's latents to the aggregate posterior of test examples"),
-    r"off-mode-share": Metric("", "lower", "share of samples farther than 4σ from every mode"),
-    r"modes-hit": Metric("", "higher", "modes with a sample within 4σ"),
-    r"fid-[a-z0-9-]+-\d+": Metric("", "lower", "Fréchet distance to the training images, by network and number of samples"),
-    r"kid-[a-z0-9-]+-\d+": Metric("", "lower", "kernel distance to the training images, by network and number of samples"),
-    r"seconds-per-image": Metric("s", "lower", "time to draw one image"),
-    r"proposals-per-image": Metric("", "lower", "evaluations of r per image, over all groups"),
+    r"off-mode-share": Metric("", "lower", "share of samples farther than 4σ from every mode", drawn=True),
+    r"modes-hit": Metric("", "higher", "modes with a sample within 4σ", drawn=True),
+    r"fid-[a-z0-9-]+-\d+": Metric(
+        "", "lower", "Fréchet distance to the training images, by network and sample count", drawn=True
+    ),
+    r"kid-[a-z0-9-]+-\d+": Metric(
+        "", "lower", "kernel distance to the training images, by network and sample count", drawn=True
+    ),
+    r"seconds-per-image": Metric("s", "lower", "time to draw one image", drawn=True),
+    r"proposals-per-image": Metric("", "lower", "evaluations of r per image, over all groups", drawn=True),
     r"train-seconds": Metric("s", "lower", "time of training, all groups"),
 }
 
@@ -162,18 +170,47 @@ def methods(frame: pd.DataFrame) -> pd.DataFrame:
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds with the half-width of a 95 % interval.
 
-    Two errors add in quadrature: that of the mean over seeds (Student's t on their spread), and that of the test set,
-    which all seeds share and which more seeds do not make smaller. One seed alone gives the second only.
+    Student's t on the spread of the seeds, and what the spread cannot show: a number that is measured on the test set has an
+    error that all seeds share and that more seeds do not make smaller; it is added in quadrature. What is measured on a
+    seed's own draws has no such error; there the spread of few seeds, which is itself uncertain, is not taken to be smaller
+    than the draws alone make it. Of one seed alone, the interval is that of its standard error.
 
     Returns:
-        One row per KEYS, with ``value``, ``interval`` (half-width), ``seeds`` and ``n``.
+        One row per KEYS, with ``value``, ``interval`` (half-width), ``seeds``, ``n``, and ``features`` if the seeds agree.
     """
-    from scipy.stats import t as student
-
     summaries = []
     for key, own in table.groupby(KEYS, sort=True):
-        seeds = len(own)
-        spread = student.ppf(0.975, seeds - 1) * own.value.std(skipna=False) / math.sqrt(seeds) if seeds > 1 else 0.0
-        shared = 1.96 * math.sqrt((own.stderr**2).mean())
-        summaries.append((*key, own.value.mean(skipna=False), math.hypot(spread, shared), seeds, int(own.n.max())))
-    return pd.DataFrame(summaries, columns=[*KEYS, "value", "interval", "seeds", "n"])
+        half_width = _half_width(own.value, own.stderr, _drawn(own))
+        features = own.features.iloc[0] if own.features.nunique() == 1 else ""
+        summaries.append((*key, own.value.mean(skipna=False), half_width, len(own), int(own.n.max()), features))
+    return pd.DataFrame(summaries, columns=[*KEYS, "value", "interval", "seeds", "n", "features"])
+
+
+def difference(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float]:
+    """Mean of one number less that of another, and the half-width of its 95 % interval.
+
+    Args:
+        first, second: rows of one KEYS each, one row a seed. Where both have the same seeds, the difference is taken seed by
+            seed: what a seed does to both of them cancels.
+    """
+    both = first.merge(second, on="seed", suffixes=("", "_second"), validate="one_to_one")
+    if len(both) == len(first) == len(second):
+        apart, errors = both.value - both.value_second, both.stderr.combine(both.stderr_second, math.hypot)
+        return apart.mean(skipna=False), _half_width(apart, errors, _drawn(first) and _drawn(second))
+    widths = [_half_width(rows.value, rows.stderr, _drawn(rows)) for rows in (first, second)]
+    return first.value.mean(skipna=False) - second.value.mean(skipna=False), math.hypot(*widths)
+
+
+def _drawn(rows: pd.DataFrame) -> bool:
+    """Whether the rows of one KEYS were measured on what each seed drew: not the data, nor the aggregate posterior."""
+    return metric(rows.metric.iloc[0]).drawn and rows.sampler.iloc[0] != ""
+
+
+def _half_width(values: pd.Series, errors: pd.Series, drawn: bool) -> float:
+    """Of the 95 % interval of the mean of one value a seed, each with its standard error; see :func:`over_seeds`."""
+    from scipy.stats import t as student
+
+    seeds = len(values)
+    spread = student.ppf(0.975, seeds - 1) * values.std(skipna=False) / math.sqrt(seeds) if seeds > 1 else 0.0
+    error = 1.96 * math.sqrt((errors**2).mean())
+    return max(spread, error / math.sqrt(seeds)) if drawn else math.hypot(spread, error)

@@ -176,7 +176,8 @@ class Pipeline:
         table = report.gather(self.workspace, config, judged)
         written = report.write(self.workspace, table, claims.judge(judged, table))
         folder = self.workspace.reports / "figures"
-        written += figures.of_results(results.over_seeds(table), folder)
+        bases = [one for one, experiment in config.experiments.items() if experiment.trained_in is None]
+        written += figures.of_results(results.over_seeds(table), folder, bases)
         for name, experiment in config.experiments.items():
             written += figures.of_artifacts(Seeded(raw, name, experiment.seeds[0], self.root), folder)
         return written

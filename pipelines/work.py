@@ -83,9 +83,12 @@ class Seeded:
         return self.seed if shared is None else shared
 
     def _here(self, path: Path) -> Path:
-        """A file under artifacts, or its published copy where only that exists."""
-        copy = self.workspace.published(path)
-        return copy if copy.exists() and not path.exists() else path
+        """A trained file under artifacts, or its published copy, or those of the experiment that it is shared with."""
+        owners = [self.name] if self.experiment.trained_in is None else [self.name, self.experiment.trained_in]
+        inside = path.relative_to(self.workspace.artifacts(self.name))
+        originals = [self.workspace.artifacts(owner) / inside for owner in owners]
+        places = [place for original in originals for place in (original, self.workspace.published(original))]
+        return next((place for place in places if place.exists()), path)
 
     def vae_identity(self) -> Identity:
         """What the VAE is made from."""

@@ -260,6 +260,31 @@ def test_published_copies_serve_sampling_and_measuring_right_after_a_clone(check
         copy.sample("flat")
 
 
+def test_what_is_trained_in_one_experiment_can_serve_another(checkout):
+    params = tiny()
+    flat = params["experiments"]["flat"]
+    own = {"normal": flat["priors"]["normal"], "ncp": flat["priors"]["ncp"] | {"samplers": ["sir-20"]}}
+    params["experiments"]["other"] = flat | {"trained_in": "flat", "priors": own}
+    write_params(checkout, params)
+    pipeline = Pipeline(checkout)
+    for stage in ("fetch", "train_vae", "train_prior", "sample"):
+        getattr(pipeline, stage)("flat")
+    pipeline.fetch("other")
+    pipeline.sample("other")
+    first, second = (Seeded(params, name, 0, checkout) for name in ("flat", "other"))
+    assert torch.equal(first.samples("ncp", "sir-20")["x"], second.samples("ncp", "sir-20")["x"])
+    assert not (checkout / "artifacts" / "other" / "vae").exists()
+    # A prior of another configuration does not serve, and one of its own goes before.
+    own["ncp"]["learning_rate"] = 0.01
+    write_params(checkout, params)
+    with pytest.raises(UserError, match="another configuration"):
+        pipeline.sample("other")
+    pipeline.train_prior("other")
+    pipeline.sample("other")
+    changed = Seeded(params, "other", 0, checkout)
+    assert not torch.equal(first.samples("ncp", "sir-20")["ess/k00"], changed.samples("ncp", "sir-20")["ess/k00"])
+
+
 def test_one_vae_can_serve_every_seed(checkout):
     params = tiny()
     params["experiments"]["flat"]["vae_seed"] = 5

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pipelines import results
+from pipelines import report, results
 from pipelines.results import COLUMNS, Row
 from runtime.errors import UserError
 
@@ -155,6 +155,48 @@ def test_the_shared_error_does_not_shrink_with_seeds():
     assert results.over_seeds(table(equal[0])).interval.item() == pytest.approx(0.196)
 
 
+def drawn(values, stderr):
+    return [
+        {"metric": "fid-mnist-500", "sampler": "sir-5", "seed": seed, "value": value, "stderr": stderr}
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_the_error_of_a_seeds_own_draws_is_part_of_the_spread_of_the_seeds():
+    spread = 4.302652730 * math.sqrt(7) / math.sqrt(3)
+    assert results.over_seeds(table(*drawn((1, 2, 6), 0.5))).interval.item() == pytest.approx(spread)
+    # Seeds that agree by chance do not make the draws' own error vanish; it does fall with their number.
+    assert results.over_seeds(table(*drawn((1, 1, 1, 1), 0.5))).interval.item() == pytest.approx(1.96 * 0.5 / 2)
+    assert results.over_seeds(table(*drawn((1,), 0.5))).interval.item() == pytest.approx(1.96 * 0.5)
+    # The data's own distance is the same in every seed.
+    data = [one | {"prior": "data", "sampler": ""} for one in drawn((1, 1, 1, 1), 0.5)]
+    assert results.over_seeds(table(*data)).interval.item() == pytest.approx(1.96 * 0.5)
+
+
+def test_a_difference_is_taken_seed_by_seed():
+    first, second = table(*drawn((11, 22, 36), 0.5)), table(*drawn((10, 20, 30), 0.5))
+    value, interval = results.difference(first, second)  # 1, 2 and 6
+    assert value == pytest.approx(3)
+    assert interval == pytest.approx(4.302652730 * math.sqrt(7) / math.sqrt(3))
+    other = second.assign(seed=second.seed + 1)
+    value, apart = results.difference(first, other)
+    assert value == pytest.approx(3)
+    assert apart == pytest.approx(math.hypot(*(results.over_seeds(rows).interval.item() for rows in (first, second))))
+    assert apart > interval
+
+
+def test_methods_that_were_measured_differently_are_said_so():
+    rows = [
+        {"prior": "normal", "metric": "loglik", "features": "1000 importance samples", "n": 10000},
+        {"prior": "gmm", "metric": "loglik", "features": "5 importance samples", "n": 2000},
+        {"prior": "gmm", "sampler": "ancestral", "metric": "seconds-per-image"},
+    ]
+    text = "\n".join(report.tables(results.over_seeds(table(*rows))))
+    assert "normal with 1000 importance samples on 10000 examples; of gmm with 5 importance samples on 2000" in text
+    alike = "\n".join(report.tables(results.over_seeds(table(*(row | {"features": "", "n": 9} for row in rows)))))
+    assert "importance samples" not in alike
+
+
 def test_seeds_are_pooled_within_a_key_alone():
     summary = results.over_seeds(
         table(
@@ -168,7 +210,7 @@ def test_seeds_are_pooled_within_a_key_alone():
     )
     assert len(summary) == 5
     assert sorted(summary.seeds) == [1, 1, 1, 1, 2]
-    assert list(summary.columns) == [*results.KEYS, "value", "interval", "seeds", "n"]
+    assert list(summary.columns) == [*results.KEYS, "value", "interval", "seeds", "n", "features"]
 
 
 def test_methods_put_cost_and_quality_of_every_prior_and_sampler_side_by_side():
