@@ -25,6 +25,7 @@ from priors.networks import MapScorer, NetworkOptions
 from priors.protocol import GroupPrior
 from priors.sir import BLOCK, SIR
 from runtime import hardware
+from runtime.hardware import Precision
 from runtime.randomness import Noise
 
 
@@ -54,7 +55,14 @@ class Shape:
         return 2 * total
 
 
-LABELS = ("engine, fp32", "engine, auto", "engine, fp32, norms not folded", "convolutions alone, fp32", "reference")
+LABELS = (
+    "engine, fp32",
+    "engine, auto",
+    "engine, fp32, norms not folded",
+    "convolutions alone, fp32",
+    "convolutions alone, auto",
+    "reference",
+)
 DEEP = NetworkOptions(width=64, depth=2, halvings=1)
 STACKS = {
     "mnist-nvae-lite": [Shape(10, 1, 4, 48, NetworkOptions(width=32, depth=2))],
@@ -62,7 +70,7 @@ STACKS = {
 }
 
 
-def convolutions(run: Callable[[], object], classifier: torch.nn.Module) -> Callable[[], None]:
+def convolutions(run: Callable[[], object], classifier: torch.nn.Module, precision: Precision) -> Callable[[], None]:
     """What the classifier's convolutions do in ``run``, and nothing else: no engine over the same kernels is faster."""
     calls: list[tuple[torch.nn.Module, torch.Tensor]] = []
     layers = [module for module in classifier.modules() if isinstance(module, torch.nn.Conv2d)]
@@ -72,8 +80,9 @@ def convolutions(run: Callable[[], object], classifier: torch.nn.Module) -> Call
         hook.remove()
 
     def again() -> None:
-        for layer, seen in calls:
-            layer(seen)
+        with hardware.autocast(precision, hardware.device().type):
+            for layer, seen in calls:
+                layer(seen)
 
     return again
 
@@ -152,9 +161,11 @@ def measure(name: str, stack: list[Shape], images: int, proposals: int, rounds: 
             label: (lambda sampler=sampler: engine(sampler), images) for label, sampler in engines.items()
         }
         runs["engine, fp32, norms not folded"] = (lambda: engine(engines["engine, fp32"], OneGroup(trained)), images)  # noqa: B023
-        few = SIR(SIR.Options(proposals=BLOCK))
-        alone = convolutions(lambda: engine(few), classifier)  # noqa: B023
-        runs["convolutions alone, fp32"] = alone, images * BLOCK / proposals
+        for label, sampler in engines.items():
+            precision = sampler.options.precision
+            few = SIR(SIR.Options(proposals=BLOCK, precision=precision))
+            alone = convolutions(lambda few=few: engine(few), classifier, precision)
+            runs[label.replace("engine", "convolutions alone")] = alone, images * BLOCK / proposals
         if with_reference:
             runs["reference"] = (lambda: sir(plain, prior.base(0, context[:1]), context[:1], proposals), 1)  # noqa: B023
         seconds: dict[str, list[float]] = {label: [] for label in runs}

@@ -192,6 +192,5 @@ def _lines(tasks: Sequence[tuple[str, Path]], stop: threading.Event) -> None:
         for name, path in tasks:
             state = _state(path)
             if state and state["done"] < state["total"]:
-                remaining = state["seconds"] / max(1, state["done"]) * (state["total"] - state["done"])
-                line = f"{name}: {state['done']}/{state['total']} {state['note']} (about {remaining:.0f} s left)"
-                print(line, file=sys.stderr, flush=True)
+                left = "" if state["remaining"] is None else f" (about {state['remaining']:.0f} s left)"
+                print(f"{name}: {state['done']}/{state['total']} {state['note']}{left}", file=sys.stderr, flush=True)

@@ -19,18 +19,25 @@ def silent(done: int, total: int, note: str) -> None:
 
 
 def to_file(path: Path, every: float = 1.0) -> Report:
-    """A report that writes ``path``, at most once in ``every`` seconds and always at the end."""
-    last = 0.0
-    started = time.time()
+    """A report that writes ``path``, at most once in ``every`` seconds and always at the end.
+
+    The file holds ``done``, ``total``, ``note``, and ``remaining``: seconds, from the pace since the first report (what was
+    resumed has not been done just now); None until there is a pace.
+    """
+    last, began, started, before, size = 0.0, 0, 0.0, 0, -1
 
     def report(done: int, total: int, note: str) -> None:
-        nonlocal last
+        nonlocal last, began, started, before, size
         now = time.time()
+        if total != size or done < before:  # the task's next piece of work
+            began, started, size = done, now, total
+        before = done
         if now - last >= every or done == total:
             last = now
+            remaining = (now - started) / (done - began) * (total - done) if done > began else None
             temporary = path.with_suffix(f".{os.getpid()}")
             temporary.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"done": done, "total": total, "note": note, "seconds": now - started}))
+            temporary.write_text(json.dumps({"done": done, "total": total, "note": note, "remaining": remaining}))
             temporary.replace(path)
 
     return report
