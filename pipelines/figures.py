@@ -250,7 +250,7 @@ def _nce_against_ess(experiment: str, frame: pd.DataFrame) -> Figure | None:
             label=f"{prior} by {sampler}",
         )
     points = both.dropna(subset=["value_loss", "value_ess"])
-    if len(points) > 2:
+    if len(points) > 2 and points.value_loss.nunique() > 1:
         from scipy import stats
 
         rank = stats.spearmanr(points.value_loss, points.value_ess)
