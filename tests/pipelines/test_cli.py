@@ -74,6 +74,7 @@ def changed(path, value):
         ("experiments.deep.priors.evalp.kl", -1, ("priors.evalp.kl", "greater than or equal to 0")),
         ("experiments.flat.priors.normal", None, ("experiments.flat", "priors must include 'normal'")),
         ("experiments.flat.seeds", [0, 0], ("experiments.flat", "seeds must differ")),
+        ("experiments.flat.trained_in", "shallow", ("experiments.flat.trained_in", "does not exist")),
         ("experiments.flat.evaluate.features", "vgg", ("experiments.flat.evaluate.features", "'own'")),
         ("experiments.flat.evaluate.features", "own", ("experiments.flat", "has no images")),
         ("experiments.flat.evaluate.likelihood.normaliser", [2**21], ("evaluate.likelihood", "fewer than the largest")),
