@@ -36,7 +36,7 @@ METRICS: dict[str, Metric] = {
     r"kl/k\d\d": Metric("nats", "", "KL(q || p) of a group under the model's own prior, test examples"),
     r"elbo-gain/k\d\d": Metric("nats", "higher", "what a group's correction adds to the ELBO, SIR with the most proposals"),
     r"bits-per-dim": Metric("bits/dim", "lower", "negative log-likelihood per dimension"),
-    r"ess-fraction/k\d\d": Metric("", "higher", "effective sample size as a fraction of M, or of a chain's", drawn=True),
+    r"ess-fraction/k\d\d": Metric("", "higher", "effective sample size over M, or over a chain's states", drawn=True),
     r"ess-floor-share/k\d\d": Metric("", "lower", "share of images with an effective sample size under 10", drawn=True),
     r"acceptance/k\d\d": Metric("", "", "share of Langevin steps that the Metropolis correction accepts", drawn=True),
     r"nce-loss/k\d\d": Metric("nats", "", "classifier's loss on test examples; 2 ln 2 = 1.386 at chance"),
