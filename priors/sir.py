@@ -1,8 +1,14 @@
 """SIR, sampling-importance-resampling: of M proposals, one kept with probability proportional to its weight w.
 
-Proposals come from the base, and w = r; or from the prior's own proposal density g, and w = base·r / g. The one kept is the
-argmax of log w + Gumbel noise, which needs no normaliser: proposals stream through, and nothing of
-them stays but a running winner and the running sums of w and w². Memory does not depend on M.
+Proposals come from the base, and w = r; or from the prior's own proposal density g, and w = base·r / g.
+
+The one kept is found by an exponential race, which needs no normaliser: proposal j starts at a time t_j ~ Exp(1), and the
+smallest t_j / w_j wins (the Gumbel-max trick: −log t_j is Gumbel noise). Proposals stream through, and nothing of them stays
+but a running winner and the running sums of w and w². Memory does not depend on M.
+
+Proposals are alike before they are seen, so they may come in the order of their times: t_j − t_{j−1} ~ Exp(1) / (M − j + 1)
+(Rényi 1953). Then the race can be over long before M: a later proposal wins only if its weight makes up for its time, and
+from some time on only a weight never met could. Stopping there saves the proposals, and keeps the draw of SIR with all M.
 """
 
 import math
@@ -18,6 +24,9 @@ from runtime.hardware import Precision, autocast, elements_at_once
 
 BLOCK = 100
 """Proposals that an image reads from its streams at a time. Part of the definition of the draws, unlike the chunks."""
+
+MARGIN = 1.0
+"""Nats. A race counts as decided while weights up to so much above the largest met could not win it."""
 
 
 def log_ratios(prior: LearnedPrior, k: int, z: Tensor, prepared: Tensor, precision: Precision = "fp32") -> Tensor:
@@ -39,13 +48,14 @@ def log_ratios(prior: LearnedPrior, k: int, z: Tensor, prepared: Tensor, precisi
 
 
 class SIR(Sampler):
-    """M proposals, one kept with probability proportional to its weight; or as many as an image needs."""
+    """M proposals, one kept with probability proportional to its weight; or as many of them as it takes to know which."""
 
     weighs = True
 
     class Options(Sampler.Options):
-        """``proposals``: M, or at most so many if ``until_ess`` is given: then an image stops at the first full block of
-        proposals with so large an effective sample size, (Σw)² / Σw². ``precision``: of the scores; ``auto`` is bf16 where
+        """``proposals``: M. ``until_ess``: an image stops before M, at a full block of proposals, once the race is decided
+        (``MARGIN``) and so large an effective sample size, (Σw)² / Σw², says that their weights are known. It keeps what it
+        would have kept of M unless a weight above all met comes later. ``precision``: of the scores; ``auto`` is bf16 where
         the hardware gains from it.
         """
 
@@ -57,10 +67,10 @@ class SIR(Sampler):
 
     def draw(self, prior: LearnedPrior, k: int, context: Tensor, streams: Streams) -> GroupDraw:
         """Stream the proposals of all images through, block by block."""
-        running = _Running(len(context), context.device)
+        race = _Race(self.options.proposals, len(context), context.device)
         with autocast(self.options.precision, context.device.type):
             prepared = prior.prepare(k, context)
-        proposing, choosing = streams("proposals"), streams("gumbel")
+        proposing, choosing = streams("proposals"), streams("race")
         unfinished = torch.arange(len(context), device=context.device)
         at_once = max(1, elements_at_once(context.device.type) // (BLOCK * prior.footprint(k)))
         for first in range(0, self.options.proposals, BLOCK):
@@ -71,22 +81,23 @@ class SIR(Sampler):
                 log_w = log_ratios(prior, k, z, prepared[rows], self.options.precision)
                 if prior.proposes:
                     log_w = log_w + (prior.base(k, context[rows]).log_prob(z) - proposal.log_prob(z)).float()
-                running.add(rows, z, log_w, choosing.of(rows.tolist()).gumbel((count,), (len(rows),)))
+                race.add(rows, z, log_w, choosing.of(rows.tolist()).exponential((count,), (len(rows),)))
             if self.options.until_ess is not None:
-                unfinished = unfinished[running.ess[unfinished] < self.options.until_ess]
+                over = race.decided & (race.ess >= self.options.until_ess)
+                unfinished = unfinished[~over[unfinished]]
                 if not len(unfinished):
                     break
-        return GroupDraw(
-            running.kept, running.ess / running.proposals, running.proposals, torch.ones_like(running.proposals)
-        )
+        return GroupDraw(race.kept, race.ess / race.proposals, race.proposals, torch.ones_like(race.proposals))
 
 
-class _Running:
-    """What is kept of the proposals seen so far, row by row."""
+class _Race:
+    """Row by row M proposals, in the order of their times, and what is kept of those seen so far."""
 
-    def __init__(self, rows: int, device: torch.device):
-        self.best = torch.full((rows,), -math.inf, device=device)
-        self.log_sum, self.log_sum_squares = self.best.double(), self.best.double()
+    def __init__(self, entrants: int, rows: int, device: torch.device):
+        self.entrants = entrants
+        self.best = torch.full((rows,), -math.inf, dtype=torch.float64, device=device)  # log w − log t of the winner so far
+        self.log_sum, self.log_sum_squares, self.largest = self.best.clone(), self.best.clone(), self.best.clone()
+        self.time = torch.zeros_like(self.best)  # of the last proposal seen
         self.proposals = torch.zeros(rows, device=device)
         self.kept = torch.empty(0)
 
@@ -95,16 +106,25 @@ class _Running:
         """(Σw)² / Σw², in proposals, shape (rows,)."""
         return (2 * self.log_sum - self.log_sum_squares).exp().float()
 
-    def add(self, rows: Tensor, z: Tensor, log_w: Tensor, gumbel: Tensor) -> None:
-        """Take in proposals of some rows: z (count, len(rows), *latent), log_w and gumbel (count, len(rows))."""
+    @property
+    def decided(self) -> Tensor:
+        """Whether no later proposal of a weight up to ``MARGIN`` above the largest so far can win, shape (rows,)."""
+        return self.largest + MARGIN - self.time.log() <= self.best
+
+    def add(self, rows: Tensor, z: Tensor, log_w: Tensor, exponential: Tensor) -> None:
+        """Take in the next proposals of some rows: z (count, len(rows), *latent), log_w and noise (count, len(rows))."""
         if not self.kept.numel():
-            self.kept = z.new_empty(len(self.best), *z.shape[2:])
-        keys, winner = (log_w + gumbel).max(0)
+            self.kept = z.new_full((len(self.best), *z.shape[2:]), math.nan)
+        # Row by row in float64: a sum over the first axis has an order that depends on the number of rows.
+        log_w, exponential = log_w.T.contiguous().double(), exponential.T.contiguous().double()
+        waiting = self.entrants - self.proposals[rows, None] - torch.arange(len(z), device=z.device)
+        times = self.time[rows, None] + (exponential / waiting).cumsum(1)
+        keys, winner = (log_w - times.log()).max(1)
         better = keys > self.best[rows]
         self.kept[rows[better]] = z[winner, torch.arange(len(rows), device=z.device)][better]
         self.best[rows] = torch.maximum(self.best[rows], keys)
-        # Row by row in float64: a sum over the first axis has an order that depends on the number of rows.
-        by_row = log_w.T.contiguous().double()
-        self.log_sum[rows] = torch.logaddexp(self.log_sum[rows], by_row.logsumexp(1))
-        self.log_sum_squares[rows] = torch.logaddexp(self.log_sum_squares[rows], (2 * by_row).logsumexp(1))
+        self.largest[rows] = torch.maximum(self.largest[rows], log_w.amax(1))
+        self.time[rows] = times[:, -1]
+        self.log_sum[rows] = torch.logaddexp(self.log_sum[rows], log_w.logsumexp(1))
+        self.log_sum_squares[rows] = torch.logaddexp(self.log_sum_squares[rows], (2 * log_w).logsumexp(1))
         self.proposals[rows] += len(z)

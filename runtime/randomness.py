@@ -81,10 +81,13 @@ class Noise:
         """Uniform numbers in [0, 1), float32, shape (*lead, *batch); ``batch[0]`` counts the rows."""
         return self._draw(torch.rand, lead, batch)
 
+    def exponential(self, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:
+        """Exponential numbers of mean 1, positive float32, shape (*lead, *batch); ``batch[0]`` counts the rows."""
+        return -torch.log(self.uniform(lead, batch).clamp(torch.finfo(torch.float32).tiny, 1 - 2**-24))
+
     def gumbel(self, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:
         """Standard Gumbel numbers, float32, shape (*lead, *batch); ``batch[0]`` counts the rows."""
-        uniform = self.uniform(lead, batch).clamp(torch.finfo(torch.float32).tiny, 1 - 2**-24)
-        return -torch.log(-torch.log(uniform))
+        return -torch.log(self.exponential(lead, batch))
 
     def _draw(self, kind, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:
         if not self._by_row:

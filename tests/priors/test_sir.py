@@ -49,17 +49,19 @@ def test_sir_draws_the_same_whatever_the_batch(proposals):
     assert torch.allclose(whole.ess[20:30], part.ess)
 
 
-def test_sir_over_a_discrete_set_has_the_frequencies_of_exact_enumeration():
-    """M = 2 of a ratio that takes two values: the probability of keeping the better kind is known."""
+@pytest.mark.parametrize("proposals", [2, 7, 250])
+def test_sir_over_a_discrete_set_has_the_frequencies_of_exact_enumeration(proposals):
+    """Of M proposals of a ratio that takes two values, K ~ Bin(M, 1/2) are better; K r / (K r + M - K) keep one."""
     ratio = 5.0
 
     def log_q(z):
         return math.log(ratio) * (z > 0) - z**2 / 2 - math.log(2 * math.pi) / 2
 
-    drawn = draw(SIR(SIR.Options(proposals=2)), Known(log_q))
-    expected = 0.25 + 0.5 * ratio / (1 + ratio)
-    kept = (drawn.z[:, 0] > 0).double().mean().item()
-    assert kept == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / ROWS))
+    drawn = draw(SIR(SIR.Options(proposals=proposals)), Known(log_q))
+    better = np.arange(proposals + 1)
+    expected = stats.binom.pmf(better, proposals, 0.5) @ (better * ratio / (better * ratio + proposals - better))
+    kept = int((drawn.z[:, 0] > 0).sum())
+    assert stats.chisquare([kept, ROWS - kept], [ROWS * expected, ROWS * (1 - expected)]).pvalue > 0.01
 
 
 TILT = 0.8
@@ -84,19 +86,38 @@ def test_every_chunk_size_and_precision_draws_from_the_target(monkeypatch, eleme
     assert stats.chisquare(counts).pvalue > 0.01
 
 
-def test_stopping_at_an_effective_sample_size_biases_little():
-    """Weights e^(TILT z) of up to 40 times their mean: what is drawn differs from the target by less than 2 % anywhere."""
-    fixed = draw(SIR(SIR.Options(proposals=2000)), Tilted(None))
-    adaptive = draw(SIR(SIR.Options(proposals=2000, until_ess=100)), Tilted(None))
-    assert stats.kstest(fixed.z[:, 0].numpy(), stats.norm(TILT, 1).cdf).statistic < 0.012
-    assert stats.kstest(adaptive.z[:, 0].numpy(), stats.norm(TILT, 1).cdf).statistic < 0.02
-    used = adaptive.proposals
+def differing(prior, proposals, until_ess, rows=ROWS):
+    """Draws of all M, draws that stop early, and the share of rows in which these differ, at least their total variation."""
+    every = draw(SIR(SIR.Options(proposals=proposals)), prior, range(rows))
+    early = draw(SIR(SIR.Options(proposals=proposals, until_ess=until_ess)), prior, range(rows))
+    return every, early, (every.z != early.z).any(1).double().mean().item()
+
+
+def test_stopping_early_keeps_what_all_proposals_would_have_left():
+    """Weights e^(TILT z) of up to 40 times their mean: fewer than one draw in a thousand is another one."""
+    every, early, different = differing(Tilted(None), 2000, 100)
+    assert different < 1e-3
+    assert stats.kstest(early.z[:, 0].numpy(), stats.norm(TILT, 1).cdf).pvalue > 0.01
+    used = early.proposals
     assert (used % engine.BLOCK == 0).all()
-    assert (adaptive.ess * used >= 100)[used < 2000].all()
-    exact = math.exp(-(TILT**2))  # ESS / M of an exponential tilt of a Normal
-    assert used.mean().item() == pytest.approx(100 / exact, rel=0.35)
+    assert (early.ess * used >= 100)[used < 2000].all()
+    assert used.mean() < 2000 / 5
+    assert (every.proposals == 2000).all()
     flat = draw(SIR(SIR.Options(proposals=2000, until_ess=50)), Known(lambda z: -(z**2) / 2))
     assert (flat.proposals == engine.BLOCK).all()
+
+
+@pytest.mark.parametrize(("until_ess", "most"), [(50, 0.1), (500, 0.002)])
+def test_what_stopping_early_misses_of_rare_large_weights_falls_with_the_sample_size_asked_for(until_ess, most):
+    """One proposal in 200 weighs 100 times as much: three in five first blocks have none, and look as if all were alike."""
+    edge = stats.norm.isf(1 / 200)
+
+    def log_q(z):
+        return math.log(100) * (z > edge) - z**2 / 2 - math.log(2 * math.pi) / 2
+
+    _, early, different = differing(Known(log_q), 5000, until_ess, rows=2000)
+    assert different < most
+    assert early.proposals.min() < 1000
 
 
 def test_adaptive_draws_do_not_depend_on_the_batch():
