@@ -76,10 +76,11 @@ class Tilted(Known):
 
 @pytest.mark.parametrize("elements", [50, 1000, 2**19])
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
-def test_every_chunk_size_and_precision_draws_from_the_target(monkeypatch, elements, precision):
+@pytest.mark.parametrize("until_ess", [None, 50])
+def test_every_chunk_size_and_precision_draws_from_the_target(monkeypatch, elements, precision, until_ess):
     monkeypatch.setattr(engine, "elements_at_once", lambda kind: elements * 100)
     monkeypatch.setattr(hardware, "gains_from_bf16", lambda kind: True)
-    drawn = draw(SIR(SIR.Options(proposals=400, precision=precision)), Tilted(None))
+    drawn = draw(SIR(SIR.Options(proposals=400, until_ess=until_ess, precision=precision)), Tilted(None))
     assert stats.kstest(drawn.z[:, 0].numpy(), stats.norm(TILT, 1).cdf).pvalue > 0.01
     edges = stats.norm.ppf(np.linspace(0, 1, 11)[1:-1], TILT, 1)
     counts = np.bincount(np.searchsorted(edges, drawn.z[:, 0].numpy()), minlength=10)
@@ -87,7 +88,7 @@ def test_every_chunk_size_and_precision_draws_from_the_target(monkeypatch, eleme
 
 
 def differing(prior, proposals, until_ess, rows=ROWS):
-    """Draws of all M, draws that stop early, and the share of rows in which these differ, at least their total variation."""
+    """Draws of all M, draws that stop early, and the share of rows that differ: no less than their total variation."""
     every = draw(SIR(SIR.Options(proposals=proposals)), prior, range(rows))
     early = draw(SIR(SIR.Options(proposals=proposals, until_ess=until_ess)), prior, range(rows))
     return every, early, (every.z != early.z).any(1).double().mean().item()
