@@ -25,8 +25,8 @@ from runtime.hardware import Precision, autocast, elements_at_once
 BLOCK = 100
 """Proposals that an image reads from its streams at a time. Part of the definition of the draws, unlike the chunks."""
 
-MARGIN = 1.0
-"""Nats. A race counts as decided while weights up to so much above the largest met could not win it."""
+MARGIN = 2.0
+"""Nats. A race counts as decided when a weight of up to so much above the largest met could not win it any more."""
 
 
 def log_ratios(prior: LearnedPrior, k: int, z: Tensor, prepared: Tensor, precision: Precision = "fp32") -> Tensor:
