@@ -33,6 +33,10 @@ def main() -> None:
     ways = {
         "SIR, M = 5 000": (at.prior("ncp"), SIR(SIR.Options(proposals=5000, precision="auto"))),
         "SIR, M = 500": (at.prior("ncp"), SIR(SIR.Options(proposals=500, precision="auto"))),
+        "SIR, M = 5 000, until decided": (
+            at.prior("ncp"),
+            SIR(SIR.Options(proposals=5000, until_ess=50, precision="auto")),
+        ),
         "amortised": (amortised, Ancestral(Ancestral.Options())),
     }
     compare({name: (lambda way=way: draw(at.vae, *way, range(IMAGES), 0, "mean")) for name, way in ways.items()}, rounds=3)

@@ -192,7 +192,7 @@ def _gain_against_base(dataset: str, frame: pd.DataFrame) -> Figure | None:
 PAPERS_POINTS = {"M = 500": (1.25, 6.76), "M = 5 000": (10.11, 5.25)}
 """Seconds per image on a V100 and FID of SIR on CelebA-64, as NCP-VAE's authors gave them."""
 
-MARKERS = {"ancestral": "o", "sir": "s", "sir-adaptive": "D", "langevin": "^", "joint-langevin": "v"}
+MARKERS = {"ancestral": "o", "sir": "s", "sir-adaptive": "D", "sir-million": "P", "langevin": "^", "joint-langevin": "v"}
 """Of the families of samplers."""
 
 
