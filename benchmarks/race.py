@@ -15,6 +15,7 @@ from sir import STACKS, OneGroup
 from timing import processor
 from torch import Tensor
 
+from models.distributions import DiagonalNormal
 from models.folding import folded
 from models.protocol import LearnedPrior, descend
 from pipelines.config import read
@@ -47,6 +48,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.drawn, self.seconds = 0, 0.0
+        self.reference: list[float] = []  # seconds of a draw
         self.early = {ess: {"differ": 0.0, "proposals": 0.0, "seconds": 0.0} for ess in EARLY}
 
     def add(self, prior: LearnedPrior, k: int, context: Tensor) -> GroupDraw:
@@ -60,12 +62,24 @@ class Tally:
             found["seconds"] += seconds
         return every
 
+    def by_formula(self, scorer: MapScorer, base: DiagonalNormal, context: Tensor) -> None:
+        """Time the reference, on one image."""
+        plain = Concatenating(scorer).to(context.device)
+        hardware.keep_freed_memory(False)  # it has a process's defaults, the engine the pipeline's
+        started = time.perf_counter()
+        sir(plain, base, context, PROPOSALS)
+        self.reference.append(time.perf_counter() - started)
+        hardware.keep_freed_memory()
+
     def print(self, name: str) -> None:
         """A line for every effective sample size asked for; a share of 0 in n may in truth be 3 / n (95 %)."""
+        reference = sum(self.reference) / len(self.reference)
+        print(f"  {name}: the formula {1e3 * reference:.1f} ms a draw, all M {1e3 * self.seconds / self.drawn:.1f} ms")
         for ess, found in self.early.items():
-            print(f"  {name:34s} until ESS {ess:3d}: {found['differ']:4.0f} of {self.drawn} draws differ, "
-                  f"{found['proposals'] / self.drawn:7.1f} proposals, {1e3 * found['seconds'] / self.drawn:8.3f} ms, "
-                  f"{self.seconds / found['seconds']:6.1f} x all M", flush=True)  # fmt: skip
+            seconds, every = found["seconds"] / self.drawn, self.seconds / self.drawn
+            print(f"    until ESS {ess:3d}: {found['differ']:4.0f} of {self.drawn} draws differ, "
+                  f"{found['proposals'] / self.drawn:7.1f} proposals, {1e3 * seconds:8.3f} ms, "
+                  f"{every / seconds:4.1f} x all M, {reference / seconds:5.1f} x the formula", flush=True)  # fmt: skip
 
 
 @torch.no_grad()
@@ -73,27 +87,16 @@ def published(images: int) -> None:
     """mnist-nvae-lite's classifiers of seed 0."""
     at = Seeded(read(Path("params.yaml")), EXPERIMENT, 0, Path.cwd())
     prior, total = at.prior("ncp"), Tally()
-    reference: list[float] = []
     print(f"\n{EXPERIMENT}, NCP, M = {PROPOSALS}, {images} images at a time")
 
     def choose(k: int, context: Tensor) -> Tensor:
-        every = total.add(prior, k, context)
         scorer = getattr(prior.groups[k], "classifier", None)
         if isinstance(scorer, MapScorer):
-            plain = Concatenating(scorer).to(context.device)
-            hardware.keep_freed_memory(False)  # the reference has a process's defaults
-            started = time.perf_counter()
-            sir(plain, at.vae.prior(k, context[:1]), context[:1], PROPOSALS)
-            reference.append(time.perf_counter() - started)
-            hardware.keep_freed_memory()
-        return every.z
+            total.by_formula(scorer, at.vae.prior(k, context[:1]), context[:1])
+        return total.add(prior, k, context).z
 
     descend(at.vae, images, choose)
     total.print("all groups")
-    average = sum(reference) / len(reference)
-    print(f"  a group of an image: reference {1e3 * average:.1f} ms, all M {1e3 * total.seconds / total.drawn:.1f} ms")
-    for ess, found in total.early.items():
-        print(f"  until ESS {ess}: {average / (found['seconds'] / total.drawn):.0f} x the reference")
 
 
 @torch.no_grad()
@@ -115,6 +118,7 @@ def stretched(images: int) -> None:
         group, tally = folded(trained), Tally()
         assert isinstance(group, NoiseContrastivePrior)
         every = tally.add(OneGroup(group), 0, context)
+        tally.by_formula(trained.classifier, OneGroup(group).base(0, context[:1]), context[:1])
         tally.print(f"log r of sd {deviation:.1f}, ESS/M {every.ess.mean():.3f}")
 
 
