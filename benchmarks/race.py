@@ -6,12 +6,11 @@ score stretched to make the proposals' weights more and more uneven.
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import torch
 from reference import Concatenating, sir
-from sir import STACKS, OneGroup
+from sir import STACKS, OneGroup, timed
 from timing import processor
 from torch import Tensor
 
@@ -35,12 +34,13 @@ SPREADS = (0.5, 1.0, 2.0, 3.0)
 
 def draw(sampler: SIR, prior: LearnedPrior, k: int, context: Tensor) -> tuple[GroupDraw, float]:
     """What it draws, and the seconds it takes."""
-    noise = {p: Noise(0, f"sample-{p}", k, rows=range(len(context)), device=context.device) for p in ("proposals", "race")}
-    started = time.perf_counter()
-    drawn = sampler.draw(prior, k, context, noise.__getitem__)
-    if context.is_cuda:
-        torch.cuda.synchronize()
-    return drawn, time.perf_counter() - started
+    drawn: list[GroupDraw] = []
+
+    def streams(stream: str) -> Noise:
+        return Noise(0, f"sample-{stream}", k, rows=range(len(context)), device=context.device)
+
+    seconds = timed(lambda: drawn.append(sampler.draw(prior, k, context, streams)))
+    return drawn[0], seconds
 
 
 class Tally:
@@ -66,9 +66,7 @@ class Tally:
         """Time the reference, on one image."""
         plain = Concatenating(scorer).to(context.device)
         hardware.keep_freed_memory(False)  # it has a process's defaults, the engine the pipeline's
-        started = time.perf_counter()
-        sir(plain, base, context, PROPOSALS)
-        self.reference.append(time.perf_counter() - started)
+        self.reference.append(timed(lambda: sir(plain, base, context, PROPOSALS)))
         hardware.keep_freed_memory()
 
     def print(self, name: str) -> None:
