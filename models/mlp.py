@@ -26,6 +26,8 @@ def perceptron(inputs: int, outputs: int, width: int, depth: int, activation: ty
 class MLPVAE(HierarchicalVAE):
     """q(z | x) and p(x | z) are perceptrons; data of any shape is flattened. The context is empty: (batch, 0)."""
 
+    convolutional = False
+
     class Options(options.Options):
         """Settings of the flat VAE."""
 

@@ -7,7 +7,7 @@ The *context* before group k, c_k = c(z_<k), is the deterministic top-down state
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,15 @@ class Likelihood(Distribution, ABC):
 
 
 class HierarchicalVAE(nn.Module, ABC):
-    """A variational autoencoder with K ordered groups of latent variables."""
+    """A variational autoencoder with K ordered groups of latent variables.
+
+    Attributes:
+        groups: K.
+        convolutional: whether it has convolutions, whose spectral norms can be a loss.
+    """
 
     groups: int
+    convolutional: ClassVar[bool] = True
 
     @abstractmethod
     def encode(self, x: Tensor) -> Sequence[Tensor]:
@@ -159,7 +165,32 @@ class LearnedPrior(Protocol):
         ...
 
 
-def by_posterior(model: HierarchicalVAE, x: Tensor, noise: Callable[[int], Noise]) -> Choose:
-    """The choice z_k ~ q(z_k | z_<k, x), with noise(k) for group k. x has shape (batch, *data shape)."""
-    features = model.encode(x)
-    return lambda k, context: model.posterior(k, context, features).draw(noise(k))
+Visit = Callable[[int, Tensor, DiagonalNormal, Tensor], None]
+"""visit(k, context, posterior, z) sees group k of a posterior pass, with the z that was drawn from that posterior."""
+
+
+def posterior_pass(
+    model: HierarchicalVAE, x: Tensor, noise: Callable[[int], Noise], visit: Visit | None = None, repeats: int = 1
+) -> Tensor:
+    """One top-down pass with z_k ~ q(z_k | z_<k, x) in every group.
+
+    Args:
+        model: the VAE.
+        x: (batch, *data shape); it is encoded once.
+        noise: noise(k) draws group k.
+        visit: sees every group, first to last.
+        repeats: how many passes over each example, repeat-major: everything but x has ``repeats * batch`` rows.
+
+    Returns:
+        The context to decode from.
+    """
+    features = [feature.repeat(repeats, *[1] * (feature.dim() - 1)) for feature in model.encode(x)]
+
+    def choose(k: int, context: Tensor) -> Tensor:
+        posterior = model.posterior(k, context, features)
+        z = posterior.draw(noise(k))
+        if visit is not None:
+            visit(k, context, posterior, z)
+        return z
+
+    return descend(model, repeats * len(x), choose)

@@ -136,7 +136,7 @@ class ResidualHVAE(HierarchicalVAE):
     def prior(self, k: int, context: Tensor) -> DiagonalNormal:
         """N(0, I) for the first group, a learned Normal of the context for the others."""
         mean, log_std = self._prior_parameters(k, context)
-        return DiagonalNormal(mean, log_std.exp())
+        return DiagonalNormal(soft_clamp(mean), soft_clamp(log_std).exp())
 
     def posterior(self, k: int, context: Tensor, features: Sequence[Tensor]) -> DiagonalNormal:
         """The prior's Normal moved by what the features say: N(mu + Δmu, exp(log sigma + Δ log sigma)) (NVAE, eq. 5)."""
@@ -156,8 +156,9 @@ class ResidualHVAE(HierarchicalVAE):
         return self.likelihood(output[:, :, before : before + self.side, before : before + self.side])
 
     def _prior_parameters(self, k: int, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-sigma before they are clamped, so that a posterior that adds nothing to them is the prior itself."""
         if k == 0:
             zeros = context.new_zeros(len(context), self.latent_channels, *context.shape[2:], dtype=torch.float32)
             return zeros, zeros
         mean, log_std = self.prior_heads[k](context).float().chunk(2, dim=1)
-        return soft_clamp(mean), soft_clamp(log_std)
+        return mean, log_std

@@ -53,6 +53,6 @@ class SpectralNorms(nn.Module):
 
 
 def batch_norm_scales(network: nn.Module) -> Tensor:
-    """Σ over the batch norms of a network of the largest |scale|, a scalar."""
+    """Σ over the batch norms of a network of the largest |scale|, a scalar; 0 where there are none."""
     scales = [layer.weight.abs().max() for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
-    return torch.stack(scales).sum() if scales else torch.zeros(())
+    return torch.stack(scales).sum() if scales else next(network.parameters()).new_zeros(())

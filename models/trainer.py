@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from datasets.dataset import Dataset
-from models.distributions import kl_divergence
-from models.protocol import Group, HierarchicalVAE, descend
+from models.distributions import DiagonalNormal, kl_divergence
+from models.protocol import Group, HierarchicalVAE, posterior_pass
 from models.spectral import SpectralNorms, batch_norm_scales
 from runtime.hardware import Precision, autocast
 from runtime.identity import Identity
@@ -54,7 +54,9 @@ class TrainOptions(Options):
     precision: Precision = "auto"
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _consistent(self) -> Self:
+        if self.spectral_start is not None and not self.spectral:
+            raise ValueError("spectral_start does nothing without spectral; give spectral, or leave spectral_start out")
         if list(self.restarts) != sorted(self.restarts) or any(start >= self.steps for start in self.restarts):
             raise ValueError("restarts must come in the order of their steps, all before the last step")
         return self
@@ -86,15 +88,12 @@ class Evidence:
 
 def evidence(model: HierarchicalVAE, x: Tensor, noise: Sequence[Noise]) -> Evidence:
     """One posterior pass over x (batch, *data shape); noise[k] draws z_k. The KL of each group is analytic."""
-    features = model.encode(x)
-    divergences = []
+    divergences: list[Tensor] = []
 
-    def choose(k: int, context: Tensor) -> Tensor:
-        posterior = model.posterior(k, context, features)
+    def visit(k: int, context: Tensor, posterior: DiagonalNormal, z: Tensor) -> None:  # noqa: ARG001
         divergences.append(kl_divergence(posterior, model.prior(k, context)))
-        return posterior.draw(noise[k])
 
-    decoded = model.decode(descend(model, len(x), choose))
+    decoded = model.decode(posterior_pass(model, x, noise.__getitem__, visit))
     return Evidence(decoded.log_prob(x), divergences)
 
 

@@ -21,7 +21,7 @@ from metrics.likelihood import (
     mean_and_error,
 )
 from models.folding import folded
-from models.protocol import HierarchicalVAE, by_posterior, descend
+from models.protocol import HierarchicalVAE, posterior_pass
 from pipelines.config import BASELINE, Experiment, plain
 from pipelines.results import Row
 from pipelines.work import Seeded, under_floor
@@ -187,16 +187,16 @@ class Evaluation:
         x = spread(at.dataset.examples("test"), at.experiment.sample.images).to(device)
         rows, codes = range(len(x)), []
         with torch.no_grad():
-            by_q = by_posterior(at.vae, x, lambda k: Noise(at.seed, "aggregate", k, rows=rows, device=device))
-
-            def choose(k: int, context: Tensor) -> Tensor:
-                codes.append(by_q(k, context))
-                return codes[-1]
-
-            decoded = at.vae.decode(descend(at.vae, len(x), choose))
+            context = posterior_pass(
+                at.vae,
+                x,
+                lambda k: Noise(at.seed, "aggregate", k, rows=rows, device=device),
+                lambda k, context, posterior, z: codes.append(z.cpu()),  # noqa: ARG005
+            )
+            decoded = at.vae.decode(context)
             noise = Noise(at.seed, "aggregate-decoder", rows=rows, device=device)
             images = decoded.mean if at.experiment.sample.decoding == "mean" else decoded.draw(noise)
-        return [z.cpu() for z in codes], images.cpu()
+        return codes, images.cpu()
 
     def _samples(self, prior: str, sampler: str) -> Iterator[Row]:
         at = self.at

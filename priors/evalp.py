@@ -10,7 +10,8 @@ An energy E and a sampler g, a flow with an exact density, are trained against e
 w_KL = 1 is the bound as it is stated; the released code runs 1e-3, 1e-8 and 0.
 """
 
-from typing import Annotated
+import math
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +24,8 @@ from priors.flow import FlowOptions, flow
 from priors.protocol import GroupPrior, Pair, TrainedPrior
 from runtime.options import Options
 from runtime.training import Terms
+
+CRITERION_PROPOSALS = 50
 
 
 class EnergyOptions(Options):
@@ -67,8 +70,17 @@ class EnergyPrior(TrainedPrior):
     betas = (0.5, 0.999)
 
     class Options(TrainedPrior.Options):
-        """``energy``, ``flow``: the networks; ``kl``: w_KL; ``penalty``: λ; ``ratio``: energy steps to a sampler's one."""
+        """``energy``, ``flow``: the networks; ``kl``: w_KL; ``penalty``: λ; ``ratio``: energy steps to a sampler's one.
 
+        ``sampler_learning_rate``: of the sampler, if it is not the energy's ``learning_rate``. ``criterion``: what held-out
+        examples are to say, in nats: ``prior`` is −log of the density that SIR with CRITERION_PROPOSALS draws from,
+        ``sampler`` is −log g. ``keep`` is ``best`` by default, since the released code keeps the best epoch; it goes by the
+        FID of the images that are then reported, which no held-out criterion may.
+        """
+
+        keep: Literal["last", "best"] = "best"
+        sampler_learning_rate: Annotated[float, Field(gt=0)] | None = None
+        criterion: Literal["prior", "sampler"] = "prior"
         energy: EnergyOptions = EnergyOptions()
         flow: FlowOptions = FlowOptions()
         kl: Annotated[float, Field(ge=0)] = 1.0
@@ -110,13 +122,13 @@ class EnergyPrior(TrainedPrior):
             z = sampler.transform(pair.normal)
         prepared = self.prepare(pair.context)
         terms = {
-            "posterior": self.energy(pair.posterior, prepared).mean(),
-            "sampler": -self.energy(z.detach(), prepared).mean(),
+            "posterior": self.energy(pair.posterior, prepared).float().mean(),
+            "sampler": -self.energy(z.detach(), prepared).float().mean(),
             "penalty": self.options.penalty * self._penalty(pair, z.detach(), prepared),
         }
         if sampler_moves:
             frozen = {name: parameter.detach() for name, parameter in self.energy.named_parameters()}
-            terms["energy"] = functional_call(self.energy, frozen, (z, prepared.detach())).mean()
+            terms["energy"] = functional_call(self.energy, frozen, (z, prepared.detach())).float().mean()
             terms["kl"] = self.options.kl * (sampler.log_prob(z) - pair.below.log_prob(z)).mean()
         return terms
 
@@ -125,13 +137,39 @@ class EnergyPrior(TrainedPrior):
         with torch.enable_grad():
             share = pair.uniform.view(-1, *[1] * (z.dim() - 1))
             between = (share * pair.posterior + (1 - share) * z).requires_grad_()
-            energy = self.energy(between, prepared)
+            energy = self.energy(between, prepared).float()
             (gradient,) = torch.autograd.grad(energy.sum(), between, create_graph=True)
             return ((gradient.flatten(1).norm(dim=1) - 1) ** 2).mean()
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The energy's, and the sampler's with a learning rate of its own."""
+        sampler_rate = self.options.sampler_learning_rate or self.options.learning_rate
+        return [
+            {"params": list(self.energy.parameters())},
+            {"params": list(self.flow.parameters()), "scale": sampler_rate / self.options.learning_rate},
+        ]
+
+    @torch.no_grad()
     def held_out_loss(self, pair: Pair, step: int) -> Terms:  # noqa: ARG002
-        """−log g of posterior samples: the game's own loss says nothing of how good either player is."""
-        return {"sampler": -self.proposal(pair.below, pair.context).log_prob(pair.posterior).mean()}
+        """−log density of posterior samples, by ``criterion``: the game's own loss says nothing of how good the players are.
+
+        That of SIR is bounded as metrics/likelihood.py does it, with the sample itself among its proposals (Lawson et al.
+        2019).
+        """
+        sampler, z = self.proposal(pair.below, pair.context), pair.posterior.float()
+        if self.options.criterion == "sampler":
+            return {"sampler": -sampler.log_prob(z).mean()}
+        # The noise of one example serves the others too: in any one context it is fresh.
+        others = torch.stack([pair.normal.roll(shift, 0) for shift in range(min(CRITERION_PROPOSALS - 1, len(z)))])
+        prepared, proposals = self.prepare(pair.context), sampler.transform(others)
+
+        def log_density(z: Tensor) -> Tensor:
+            return pair.below.log_prob(z) + self.prepared_log_ratio(z, prepared).float()
+
+        own = log_density(z)
+        log_weights = torch.cat([(own - sampler.log_prob(z))[None], log_density(proposals) - sampler.log_prob(proposals)])
+        normaliser = log_weights.logsumexp(0) - math.log(len(log_weights))
+        return {"prior": (normaliser - own).mean()}
 
 
 class AmortisedPrior(GroupPrior):

@@ -41,7 +41,7 @@ NEAR = 0.01
 class Standard(Protocol):
     """f in given contexts, over latents (*lead, batch, *latent)."""
 
-    def forth(self, normal: Tensor) -> Tensor:
+    def transform(self, normal: Tensor) -> Tensor:
         """f(u)."""
         ...
 
@@ -94,7 +94,7 @@ class _Splines:
     def __init__(self, flat, event: int):
         self._flat, self._event = flat, event
 
-    def forth(self, normal: Tensor) -> Tensor:
+    def transform(self, normal: Tensor) -> Tensor:
         return self._flat.transform.inv(normal.flatten(normal.dim() - self._event)).view(normal.shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class _Couplings:
         kept = self._flow.kept
         return [(coupling, kept if index % 2 else 1 - kept) for index, coupling in enumerate(self._flow.couplings)]
 
-    def forth(self, normal: Tensor) -> Tensor:
+    def transform(self, normal: Tensor) -> Tensor:
         for coupling, kept in self._masks():
             scale, shift = coupling(kept * normal, self._seen)
             normal = kept * normal + (1 - kept) * (normal * scale.exp() + shift)
@@ -191,7 +191,7 @@ class FlowDensity:
 
     def transform(self, normal: Tensor) -> Tensor:
         """The draws that given Normal numbers (*lead, batch, *latent) stand for."""
-        return self.mean + self.variance.sqrt() * self._standard.forth(normal)
+        return self.mean + self.variance.sqrt() * self._standard.transform(normal)
 
 
 class FlowPrior(TrainedPrior):

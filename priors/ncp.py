@@ -52,5 +52,5 @@ class NoiseContrastivePrior(TrainedPrior):
 
         Both classes pass in one batch, lest batch statistics tell them apart.
         """
-        logits = self.log_ratio(torch.stack([pair.posterior, pair.base]), pair.context)
+        logits = self.log_ratio(torch.stack([pair.posterior, pair.base]), pair.context).float()
         return {"posterior": functional.softplus(-logits[0]).mean(), "base": functional.softplus(logits[1]).mean()}

@@ -10,7 +10,7 @@ A new method is a subclass of :class:`GroupPrior` (nothing to learn), :class:`Fi
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -112,18 +112,24 @@ class TrainedPrior(GroupPrior, ABC):
     """A prior that is trained by gradient descent, on pairs of a posterior and a base sample in the same context."""
 
     class Options(GroupPrior.Options):
-        """Adam, cosine from ``learning_rate`` to ``final_learning_rate``, on ``batch`` images for each of ``steps``.
+        """Adam on ``batch`` images for each of ``steps``.
 
-        ``checks``: how often, evenly over the training, the loss is measured on ``held_out`` validation examples; the state
-        with the best of these losses is kept. ``precision``: ``auto`` is bf16 autocast where the hardware gains from it.
+        ``schedule``: ``cosine`` from ``learning_rate`` to ``final_learning_rate``, as NCP-VAE has it; or ``plateau``: the
+        rate is cut, and in the end the training stopped, where ``patience`` checks bring no better held-out criterion
+        (``runtime.training.Plateau``), so that ``steps`` is only the most it may take. ``checks``: how often, evenly over
+        ``steps``, that criterion is measured on ``held_out`` validation examples. ``keep``: the ``last`` state or the
+        ``best`` by it. ``precision``: ``auto`` is bf16 autocast where the hardware gains from it.
         """
 
         steps: Annotated[int, Field(ge=1)]
         batch: Annotated[int, Field(ge=2)]
         learning_rate: Annotated[float, Field(gt=0)] = 1e-3
         final_learning_rate: Annotated[float, Field(ge=0)] = 1e-7
+        schedule: Literal["cosine", "plateau"] = "cosine"
+        patience: Annotated[int, Field(ge=1)] = 5
         checks: Annotated[int, Field(ge=1)] = 10
         held_out: Annotated[int, Field(ge=2)] = 1000
+        keep: Literal["last", "best"] = "last"
         precision: Precision = "fp32"
 
     options: Options
@@ -132,11 +138,15 @@ class TrainedPrior(GroupPrior, ABC):
 
     @abstractmethod
     def loss(self, pair: Pair, step: int) -> Terms:
-        """Named terms of the loss, ``step`` being the number of steps made so far."""
+        """Named terms of the loss, float32 scalars, ``step`` being the number of steps made so far."""
 
     def held_out_loss(self, pair: Pair, step: int) -> Terms:
-        """Terms of what is to be small on held-out examples: the state where it is smallest is kept. Here the loss."""
+        """Terms of the held-out criterion, nats, small is good. Here the loss."""
         return self.loss(pair, step)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The parameters for the optimiser; a group's ``scale`` is its learning rate over ``learning_rate``."""
+        return [{"params": list(self.parameters())}]
 
 
 class Prior:

@@ -8,20 +8,22 @@ others, or with all of them, and the VAE is run once per step however many group
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from datasets.dataset import Dataset
-from models.protocol import by_posterior, descend
+from models.distributions import DiagonalNormal
+from models.protocol import posterior_pass
 from priors.protocol import FittedPrior, GroupPrior, Pair, Prior, TrainedPrior
 from runtime import checkpoints
 from runtime.hardware import autocast
 from runtime.identity import Identity
 from runtime.progress import Report, silent
 from runtime.randomness import Noise
-from runtime.training import Terms, Trainee, cosine, train
+from runtime.training import Plateau, Terms, Trainee, cosine, train
 
 
 @torch.no_grad()
@@ -33,19 +35,17 @@ def pairs(below: Prior, x: Tensor, seed: int, purpose: str, step: int = 0) -> li
         x: (batch, *data shape).
         seed, purpose, step: name the draws, together with the group.
     """
-    device, found = x.device, []
-    by_q = by_posterior(below.model, x, lambda k: Noise(seed, f"{purpose}-posterior", k, step, device=device))
+    device, found = x.device, list[Pair]()
 
-    def choose(k: int, context: Tensor) -> Tensor:
-        def noise(name: str) -> Noise:
-            return Noise(seed, f"{purpose}-{name}", k, step, device=device)
+    def noise(name: str, k: int) -> Noise:
+        return Noise(seed, f"{purpose}-{name}", k, step, device=device)
 
-        z, base = by_q(k, context), below.base(k, context)
-        normal, uniform = noise("normal").normal((), tuple(z.shape)), noise("uniform").uniform((), (len(z),))
-        found.append(Pair(z, base.draw(noise("base")), context, base, normal, uniform))
-        return z
+    def visit(k: int, context: Tensor, posterior: DiagonalNormal, z: Tensor) -> None:  # noqa: ARG001
+        base = below.base(k, context)
+        normal, uniform = noise("normal", k).normal((), tuple(z.shape)), noise("uniform", k).uniform((), (len(z),))
+        found.append(Pair(z, base.draw(noise("base", k)), context, base, normal, uniform))
 
-    descend(below.model, len(x), choose)
+    posterior_pass(below.model, x, partial(noise, "posterior"), visit)
     return found
 
 
@@ -81,10 +81,22 @@ def learn(below: Prior, slots: Sequence[Slot], dataset: Dataset, report: Report 
 
 def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, dataset: Dataset, report: Report) -> None:
     device, seed = below.device, slots[0].identity.seed
-    rate = cosine(options.learning_rate, options.final_learning_rate, options.steps)
+    rate, plateau = cosine(options.learning_rate, options.final_learning_rate, options.steps), None
+    if options.schedule == "plateau":
+        rate, plateau = lambda _: options.learning_rate, Plateau(options.patience)
     slot_of = {f"group {slot.k}": slot for slot in slots}
     trainees = [
-        Trainee(name, slot.prior, _adam(slot.prior), rate, slot.path, slot.identity) for name, slot in slot_of.items()
+        Trainee(
+            name,
+            slot.prior,
+            _adam(slot.prior),
+            rate,
+            slot.path,
+            slot.identity,
+            plateau=plateau,
+            keep_best=options.keep == "best",
+        )
+        for name, slot in slot_of.items()
     ]
 
     def shared_pass(x: Tensor, purpose: str, step: int) -> list[Pair]:
@@ -124,7 +136,7 @@ def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, d
 
 def _adam(prior: GroupPrior) -> torch.optim.Optimizer:
     assert isinstance(prior, TrainedPrior)
-    return torch.optim.Adam(prior.parameters(), betas=prior.betas, fused=True)
+    return torch.optim.Adam(prior.parameter_groups(), betas=prior.betas, fused=True)
 
 
 def _loss(slot: Slot, found: Sequence[Pair], step: int) -> Terms:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from runtime.errors import UserError
+from runtime.errors import UserError, last_line
 from runtime.files import atomic_path
 from runtime.identity import Identity, revision
 
@@ -115,7 +115,7 @@ def publish(path: Path, copy: Path) -> None:
     tensors, document = load(path, "the stage that makes it")
     small = {name: tensor.half() if tensor.dim() >= 2 else tensor for name, tensor in tensors.items()}
     identity = Identity(document["experiment"], document["seed"], document["config"], document["source"])
-    known = {"step", "seconds", "history", "held_out"} & document.keys()
+    known = {"step", "seconds", "history", "held_out", "ended", "kept"} & document.keys()
     save(copy, small, identity, original=document["digest"], **{name: document[name] for name in known})
 
 
@@ -124,4 +124,4 @@ def restore(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     try:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit the model: {str(error).splitlines()[-1].strip()}") from error
+        raise UserError(f"{path} does not fit the model: {last_line(error)}") from error

@@ -4,6 +4,7 @@ It trains several *trainees* side by side from shared batches (the classifiers o
 own optimiser, checkpoint and position, so that any subset of them can be resumed from wherever it was.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from runtime import checkpoints
 from runtime.errors import UserError
@@ -22,7 +24,7 @@ from runtime.progress import Report, silent
 SAVE_SECONDS = 20.0
 HISTORY_POINTS = 100
 OVERFITTING_NATS = 0.05
-PROGRESS = ("step", "seconds", "history", "held_out")
+PROGRESS = ("step", "seconds", "history", "held_out", "best_step")
 
 Terms = dict[str, Tensor]
 """Named loss terms, scalars. The loss is their sum."""
@@ -44,6 +46,46 @@ def cosine(peak: float, final: float, steps: int, warmup: int = 0) -> Callable[[
     return rate
 
 
+@dataclass(frozen=True)
+class Plateau:
+    """A learning rate that is cut where held-out losses stop falling, and a training that ends where cuts no longer help.
+
+    After ``patience`` checks without a new best by SMALLEST_GAIN, the rate is multiplied by CUT; after ``patience`` more at
+    the rate of the last of CUTS such cuts, training is over. So a training that ended this way would not have gained from
+    more steps, which a schedule that falls to zero on a given day cannot say.
+    """
+
+    patience: int
+
+    CUT = 0.3
+    CUTS = 2
+    SMALLEST_GAIN = 1e-3
+    """Nats: less than the tables' last digit."""
+
+    def cuts(self, held_out: Sequence[Sequence[float]]) -> int:
+        """How often the rate was cut by now; more than CUTS: training is over.
+
+        Args:
+            held_out: rows of :attr:`Trainee.held_out`.
+        """
+        best, waited, cuts = math.inf, 0, 0
+        for _, loss, _ in held_out:
+            better = math.isfinite(loss) and loss < best - self.SMALLEST_GAIN
+            waited = 0 if better else waited + 1
+            best = min(best, loss) if math.isfinite(loss) else best
+            if waited == self.patience:
+                waited, cuts = 0, cuts + 1
+        return cuts
+
+    def over(self, held_out: Sequence[Sequence[float]]) -> bool:
+        """Whether more steps would not help."""
+        return self.cuts(held_out) > self.CUTS
+
+    def factor(self, held_out: Sequence[Sequence[float]]) -> float:
+        """What the learning rate is multiplied by."""
+        return self.CUT ** self.cuts(held_out)
+
+
 @dataclass
 class Trainee:
     """A module in training.
@@ -51,7 +93,7 @@ class Trainee:
     Attributes:
         name: for messages.
         module: what is trained and saved.
-        optimizer: over the module's parameters.
+        optimizer: over the module's parameters. A group of them may have a ``scale``: its learning rate over the others'.
         rate: learning rate as a function of the step.
         path: the finished checkpoint; a rolling one is kept beside it until then.
         identity: what it is made from.
@@ -59,8 +101,8 @@ class Trainee:
         ema: decay of the weights' exponential moving average, which is what is saved in the end; None for none.
         companion: holds what the loss carries from step to step; kept while training, no part of the result.
         restarts: after so many steps, the averaged weights take the place of the weights and the optimiser starts afresh.
-
-    Where held-out losses are measured (:func:`train`), the state with the best of them is what is saved in the end.
+        plateau: cuts the rate, and ends the training, by held-out losses; None leaves both to ``rate`` and the budget.
+        keep_best: whether the state with the best held-out loss is what is saved in the end, in place of the last.
     """
 
     name: str
@@ -73,19 +115,27 @@ class Trainee:
     ema: float | None = None
     companion: nn.Module | None = None
     restarts: Collection[int] = ()
+    plateau: Plateau | None = None
+    keep_best: bool = False
     step: int = 0
     seconds: float = 0.0
     history: list[list[float]] = field(default_factory=list)  # [step, loss]
     held_out: list[list[float]] = field(default_factory=list)  # [steps made, held-out loss, mean training loss before]
     finished: dict[str, Any] | None = None  # the metadata of the finished checkpoint
-    average: dict[str, Tensor] = field(default_factory=dict)
+    average: AveragedModel | None = None
     best: dict[str, Tensor] = field(default_factory=dict)
+    best_step: int | None = None
     recent: list[float] = field(default_factory=list)  # training losses since the last held-out one
 
     @property
     def rolling(self) -> Path:
         """Where the unfinished state is kept."""
         return self.path.with_name(self.path.stem + ".partial.safetensors")
+
+    @property
+    def over(self) -> bool:
+        """Whether the held-out losses have reached their plateau."""
+        return self.plateau is not None and self.plateau.over(self.held_out)
 
     def resume(self) -> None:
         """Take up the finished or the rolling checkpoint where one of this very identity exists; else start afresh."""
@@ -96,15 +146,15 @@ class Trainee:
             return
         self.path.unlink(missing_ok=True)
         if self.ema is not None:
-            self.average = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
+            self.average = AveragedModel(self.module, multi_avg_fn=_moving_average(self.ema), use_buffers=True)
         partial = checkpoints.load_current(self.rolling, self.identity)
         if partial is None:
             self.rolling.unlink(missing_ok=True)
             return
         tensors, document = partial
         checkpoints.restore(self.module, _under("module.", tensors), self.rolling)
-        for name, tensor in _under("average.", tensors).items():
-            self.average[name].copy_(tensor)
+        if self.average is not None:
+            checkpoints.restore(self.average, _under("average.", tensors), self.rolling)
         if self.companion is not None:
             checkpoints.restore(self.companion, _under("companion.", tensors), self.rolling)
         self._restore_optimizer(_under("optimizer.", tensors))
@@ -116,7 +166,8 @@ class Trainee:
     def save_rolling(self) -> None:
         """Write everything that continuing to the same numbers takes."""
         tensors = {f"module.{name}": tensor for name, tensor in self.module.state_dict().items()}
-        tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in self.average.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         tensors["recent.losses"] = torch.tensor(self.recent, dtype=torch.float64)
         if self.companion is not None:
@@ -126,18 +177,32 @@ class Trainee:
         checkpoints.save(self.rolling, tensors, self.identity, **{name: getattr(self, name) for name in PROGRESS})
 
     def finish(self, **metadata: Any) -> None:
-        """Write the finished checkpoint (the best state, or the averaged one, if there is such) and drop the rolling one."""
-        if self.best or self.average:
-            self.module.load_state_dict(self.best or self.average)
+        """Write the finished checkpoint (the averaged or the best state, if there is such) and drop the rolling one.
+
+        Its metadata say how training ``ended`` (by its ``budget`` or its ``plateau``) and after how many steps the state
+        was ``kept``. Raises NonFiniteLossError if what would be kept was never seen to have a finite held-out loss.
+        """
+        judged = [loss for _, loss, _ in self.held_out]
+        if judged and not (self.best if self.keep_best else math.isfinite(judged[-1])):
+            raise NonFiniteLossError(
+                f"{self.name}: the held-out loss is not finite at step {self.step}; lower the learning rate in params.yaml"
+            )
+        if self.average is not None:
+            self.module.load_state_dict(self.average.module.state_dict())
+        if self.best:
+            self.module.load_state_dict(self.best)
         self.module.eval()
         progress = {name: getattr(self, name) for name in PROGRESS}
-        checkpoints.save(self.path, self.module.state_dict(), self.identity, **progress, **metadata)
+        end = {"ended": "plateau" if self.over else "budget", "kept": self.best_step if self.best else self.step}
+        checkpoints.save(self.path, self.module.state_dict(), self.identity, **progress, **end, **metadata)
         self.rolling.unlink(missing_ok=True)
 
     def judge(self, loss: float) -> None:
-        """Note a held-out loss, and keep the state if it is the best so far."""
-        if not any(loss >= earlier for _, earlier, _ in self.held_out):
+        """Note a held-out loss, and keep the state if it is the best so far; one that is not finite never is."""
+        best = min((earlier for _, earlier, _ in self.held_out if math.isfinite(earlier)), default=math.inf)
+        if self.keep_best and math.isfinite(loss) and loss < best:
             self.best = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+            self.best_step = self.step
         self.held_out.append([self.step, loss, sum(self.recent) / len(self.recent)])
         self.recent = []
 
@@ -151,34 +216,25 @@ class Trainee:
                 f"{self.name}: the loss term {broken} is not finite at step {self.step}; "
                 "lower the learning rate or the gradient clip in params.yaml"
             )
+        factor = 1.0 if self.plateau is None else self.plateau.factor(self.held_out)
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self.rate(self.step)
+            parameters["lr"] = self.rate(self.step) * factor * parameters.get("scale", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
         self.optimizer.step()
-        self._average()
+        if self.average is not None:
+            self.average.update_parameters(self.module)
         self.recent.append(value)
         if self.step % max(1, steps // HISTORY_POINTS) == 0:
             self.history.append([self.step, value])
         self.step += 1
         if self.step in self.restarts:
-            self.module.load_state_dict(self.average)
+            assert self.average is not None
+            self.module.load_state_dict(self.average.module.state_dict())
             self.optimizer.state.clear()
         return value
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        if self.ema is None:
-            return
-        # An average over few steps would remember the initial weights: ramp the decay up, as is customary.
-        decay = min(self.ema, (1 + self.step) / (10 + self.step))
-        for name, tensor in self.module.state_dict().items():
-            if tensor.is_floating_point():
-                self.average[name].lerp_(tensor, 1 - decay)
-            else:
-                self.average[name].copy_(tensor)
 
     def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
         state: dict[int, dict[str, Tensor]] = {}
@@ -191,6 +247,19 @@ class Trainee:
             for name, moment in moments.items():
                 if moment.shape == parameter.shape:
                     moments[name] = torch.empty_like(parameter).copy_(moment)
+
+
+def _moving_average(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], int | Tensor], None]:
+    """AveragedModel's update by an exponential moving average."""
+
+    @torch.no_grad()
+    def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: int | Tensor) -> None:
+        # An average over few steps would remember the initial weights: ramp the decay up, as is customary.
+        weight = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
+        for average, value in zip(averages, values, strict=True):
+            average.lerp_(value, weight) if average.is_floating_point() else average.copy_(value)
+
+    return update
 
 
 def overfits(held_out: Sequence[Sequence[float]]) -> bool:
@@ -225,7 +294,7 @@ def train(
     held_out: Callable[[Sequence[Trainee]], Sequence[float]] | None = None,
     checks: int = 0,
 ) -> None:
-    """Train until every trainee that is not finished has made ``steps`` steps.
+    """Train until every trainee that is not finished has made ``steps`` steps, or reached its plateau.
 
     Args:
         trainees: resumed by this call; finished ones are skipped, and :meth:`Trainee.finish` is left to the caller.
@@ -245,8 +314,13 @@ def train(
         trainee.resume()
     waiting = [trainee for trainee in trainees if trainee.finished is None]
     saved = time.monotonic()
-    for step in range(min((trainee.step for trainee in waiting), default=steps), steps):
-        active = [trainee for trainee in waiting if trainee.step == step]
+    for step in itertools.count(min((trainee.step for trainee in waiting), default=steps)):
+        training = [trainee for trainee in waiting if trainee.step < steps and not trainee.over]
+        if not training:
+            break
+        active = [trainee for trainee in training if trainee.step == step]
+        if not active:  # the others were resumed from later steps
+            continue
         started = time.monotonic()
         terms = losses(step, active)
         shared = (time.monotonic() - started) / len(active)
@@ -263,3 +337,5 @@ def train(
             for trainee in active:
                 trainee.save_rolling()
             saved = time.monotonic()
+    if any(trainee.over for trainee in waiting):
+        report(steps, steps, "held-out losses have reached their plateau")

@@ -3,14 +3,14 @@ from torch import nn
 
 from models.folding import folded
 from models.nvae import NVAE, DecoderCell
-from models.protocol import Group, by_posterior, descend
+from models.protocol import Group, posterior_pass
 from priors.networks import MapScorer, NetworkOptions
 from runtime.randomness import Noise
 
 
 def decode(vae, x):
     with torch.no_grad():
-        return vae.decode(descend(vae, len(x), by_posterior(vae, x, lambda k: Noise(0, "fold", k)))).mean
+        return vae.decode(posterior_pass(vae, x, lambda k: Noise(0, "fold", k))).mean
 
 
 def test_a_folded_model_computes_the_same_with_fewer_norms():

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from models.distributions import DiagonalNormal, kl_divergence
 from models.mlp import MLPVAE
-from models.protocol import by_posterior, descend
+from models.protocol import descend, posterior_pass
 from models.registry import MODELS, build
 from models.residual import ResidualHVAE
 from models.trainer import TrainOptions, balance, evidence
@@ -113,7 +113,7 @@ def test_rows_do_not_depend_on_the_batch_they_travel_in(name, options, shape):
     x = torch.rand(6, *shape).round().double()
     with torch.no_grad():
         whole, part = (
-            descend(model, len(rows), by_posterior(model, x[list(rows)], lambda k, rows=rows: Noise(0, "t", k, rows=rows)))
+            posterior_pass(model, x[list(rows)], lambda k, rows=rows: Noise(0, "t", k, rows=rows))
             for rows in (range(6), range(2, 4))
         )
     assert torch.allclose(whole[2:4], part, atol=1e-10)

@@ -1,12 +1,13 @@
 import copy
+import math
 
 import pytest
 import torch
 
-from runtime import training
+from runtime import checkpoints, training
 from runtime.identity import Identity
 from runtime.randomness import generator
-from runtime.training import NonFiniteLossError, Trainee, cosine, overfits, train
+from runtime.training import NonFiniteLossError, Plateau, Trainee, cosine, overfits, train
 
 
 def make(tmp_path, name, ema=0.9):
@@ -76,6 +77,7 @@ def test_the_best_held_out_state_is_kept_through_a_resumption_with_what_the_loss
 
     def trainee():
         one = make(tmp_path, "a", ema=None)
+        one.keep_best = True
         one.companion = torch.nn.Linear(1, 1)
         torch.nn.init.zeros_(one.companion.weight)
         return one
@@ -96,6 +98,7 @@ def test_the_best_held_out_state_is_kept_through_a_resumption_with_what_the_loss
     again = make(tmp_path, "a", ema=None)
     again.resume()
     assert again.finished["held_out"] == resumed.held_out
+    assert (again.finished["kept"], again.finished["ended"]) == (24, "budget")
 
 
 def test_overfitting_is_a_gap_to_training_without_a_new_best():
@@ -155,4 +158,91 @@ def test_a_cycle_goes_on_from_the_averaged_weights_with_a_fresh_optimiser(tmp_pa
     train([cycled], 30, losses)
     assert not cycled.optimizer.state
     for name, tensor in cycled.module.state_dict().items():
-        assert torch.equal(tensor, first.average[name])
+        assert torch.equal(tensor, first.average.module.state_dict()[name])
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_a_held_out_loss_that_is_not_finite_is_never_the_best(tmp_path, broken, keep_best):
+    held_out = {10: 1.3, 20: broken, 30: 1.35}
+
+    def scores(trainees):
+        return [held_out[one.step] for one in trainees]
+
+    judged = make(tmp_path, "a", ema=None)
+    judged.keep_best = keep_best
+    train([judged], 30, losses, held_out=scores, checks=3)
+    judged.finish()
+    (tmp_path / "other").mkdir()
+    kept = make(tmp_path / "other", "a", ema=None)
+    train([kept], 10 if keep_best else 30, losses)
+    state = judged.module.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in kept.module.state_dict().items())
+
+
+@pytest.mark.parametrize(("keep_best", "held_out"), [(True, [math.nan, math.nan]), (False, [1.3, math.nan])])
+def test_a_state_without_a_finite_held_out_loss_is_not_saved(tmp_path, keep_best, held_out):
+    one = make(tmp_path, "a", ema=None)
+    one.keep_best = keep_best
+    scores = iter(held_out)
+    train([one], 20, losses, held_out=lambda trainees: [next(scores) for _ in trainees], checks=2)
+    with pytest.raises(NonFiniteLossError, match="a: the held-out loss is not finite at step 20"):
+        one.finish()
+    assert not one.path.exists()
+
+
+def history(*held_out):
+    return [[10.0 * i, loss, 1.0] for i, loss in enumerate(held_out, 1)]
+
+
+def test_a_plateau_cuts_the_rate_and_ends_the_training_when_cuts_no_longer_help():
+    plateau = Plateau(patience=2)
+    falling = [3.0, 2.0, 1.5, 1.2]
+    assert (plateau.factor(history(*falling)), plateau.over(history(*falling))) == (1.0, False)
+    assert plateau.factor(history(*falling, 1.2, 1.3)) == pytest.approx(0.3)
+    assert plateau.factor(history(*falling, 1.2, 1.3, 1.1, 1.1)) == pytest.approx(0.3)  # a new best starts the wait anew
+    assert not plateau.over(history(*falling, *[1.2] * 5))
+    assert plateau.over(history(*falling, *[1.2] * 6))
+    assert plateau.factor(history(*falling, 1.2, 1.2 - Plateau.SMALLEST_GAIN / 2)) == pytest.approx(0.3)
+    assert plateau.factor(history(*falling, math.nan, math.nan)) == pytest.approx(0.3)
+
+
+def test_training_ends_at_each_trainees_own_plateau_and_a_resumption_agrees(tmp_path):
+    floors = {"early": 40, "late": 70}  # the step from which a trainee's held-out loss falls no more
+
+    def scores(trainees):
+        return [float(max(floors[one.name] - one.step, 0)) for one in trainees]
+
+    def trainees(folder):
+        folder.mkdir(exist_ok=True)
+        made = [make(folder, name) for name in floors]
+        for one in made:
+            one.plateau = Plateau(patience=1)
+        return made
+
+    whole = trainees(tmp_path / "whole")
+    train(whole, 200, losses, held_out=scores, checks=20)
+    assert [one.step for one in whole] == [40 + 30, 70 + 30]  # CUTS cuts and the end, a check each
+    stopped = trainees(tmp_path / "stopped")
+    train(stopped, 80, losses, held_out=scores, checks=8)
+    for one in stopped:
+        one.save_rolling()
+    resumed = trainees(tmp_path / "stopped")
+    train(resumed, 200, losses, held_out=scores, checks=20)
+    for one, other in zip(whole, resumed, strict=True):
+        one.finish()
+        other.finish()
+        state = other.module.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in one.module.state_dict().items())
+        assert checkpoints.load(other.path, "")[1]["ended"] == "plateau"
+
+
+def test_a_group_of_parameters_may_have_a_learning_rate_of_its_own(tmp_path):
+    module = torch.nn.ModuleList([torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)])
+    groups = [{"params": list(module[0].parameters())}, {"params": list(module[1].parameters()), "scale": 0.1}]
+    one = Trainee(
+        "a", module, torch.optim.SGD(groups, lr=1.0), lambda step: 0.5, tmp_path / "a.safetensors", Identity("toy", 0, {})
+    )
+    before = [layer.weight.item() for layer in module]
+    one.update({"sum": module[0].weight.sum() + module[1].weight.sum()}, 1)
+    assert [old - layer.weight.item() for old, layer in zip(before, module, strict=True)] == pytest.approx([0.5, 0.05])
