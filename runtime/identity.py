@@ -13,6 +13,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("runtime", "datasets", "models", "priors", "metrics", "pipelines")
+CARRIERS = {f"runtime.{name}" for name in ("blocks", "checkpoints", "errors", "files", "identity", "options", "progress")}
+"""Modules that keep numbers, and say what went wrong, but make none: a better message must not cost a trained model."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
 def source_digest(*modules: str) -> str:
     """Digest of the given modules and of every module of this project that they import, directly or not.
 
-    Comments, docstrings and layout do not enter: only a change that can change a number makes a stored result stale.
+    Comments, docstrings, layout and CARRIERS do not enter: only a change that can change a number makes a stored result
+    stale.
     """
     seen: dict[str, str] = {}
     pending = list(modules)
@@ -83,8 +86,9 @@ def _imports(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
-        yield from (name for name in names if name.split(".")[0] in FLOORS)
+            whole = node.module in FLOORS  # from runtime import hardware
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if whole else [node.module]
+        yield from (name for name in names if name.split(".")[0] in FLOORS and name not in CARRIERS)
 
 
 @cache
