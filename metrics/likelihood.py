@@ -1,6 +1,9 @@
 """Importance-weighted likelihoods of a VAE under several priors at once, on the same posterior samples.
 
-    log p(x) ≥ E log (1/S) Σ_s p(x | z_s) Π_k p_prior(z_k | c_k) / q(z_k | c_k, x)      (Burda et al. 2016)
+    log p(x) ≥ E log (1/S) Σ_s w_s,   w_s = p(x | z_s) Π_k p_prior(z_k | c_k) / q(z_k | c_k, x)      (Burda et al. 2016)
+
+The bound rises with S, and the worse a prior fits the posterior, the more: a gain over the base is measured at the same S
+for both, and falls as S grows. So S, the numbers N and M below, and the examples are part of what a number is.
 
 A corrected prior base·r/Z needs Z_k(c_k), and the log of a Monte-Carlo mean is biased low, which flatters the prior. Hence
 two numbers for it:
@@ -14,19 +17,30 @@ A prior may have a proposal density g of its own instead of the base: then w = b
 normaliser of SIR.
 
 Both tend to the energy-based prior's value as N and M grow.
+
+**Normalisers for a few of the samples.** Past the first group every posterior sample has contexts of its own, and
+normalisers for all of S would cost M times what the samples do. With v_s = w_s Z_s, the weight before it is normalised, and
+π_s = v_s / Σ v,
+
+    (1/S) Σ_s w_s = (1/S) Σ_s v_s · Σ_s π_s / Z_s,
+
+and the second factor, a mean of 1/Z under π, is estimated without bias by the mean over T samples drawn from π. What stands
+inside the log still has the right expectation, so the bound remains one; it is a little lower than with all S normalisers,
+by about the variance of 1/Z under π over 2T. S samples then cost S scores and T·M, not S·M.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from models.distributions import kl_divergence
-from models.protocol import HierarchicalVAE, LearnedPrior, descend
+from models.distributions import DiagonalNormal, kl_divergence
+from models.protocol import HierarchicalVAE, LearnedPrior, descend, posterior_pass
 from runtime.options import Options
 from runtime.progress import Report, silent
 from runtime.randomness import Noise
@@ -36,32 +50,30 @@ SAMPLES_AT_ONCE = 100  # of each example: what a pass works on stays in the cach
 SOME_BLOCKS = 8
 
 Count = Annotated[int, Field(ge=1)]
-
-
-class GainOptions(Options):
-    """A smaller measurement, where normalisers are dear: on so many ``examples``, with ``samples`` each."""
-
-    examples: Count
-    samples: Count
+Counts = Annotated[list[Count], Field(min_length=1)]
 
 
 class LikelihoodOptions(Options):
     """What is measured.
 
-    ``samples``: S, importance samples per example. ``normaliser``: the numbers N of base samples per context at which the
-    plug-in is read off. ``proposals``: the numbers M of SIR proposals at which the sampler bound is read off. ``pool``: base
-    samples of the first group, whose context all examples share. ``gains``: the measurement of every prior but the model's
-    own, and of its gain over that one; if absent, all are measured alike.
+    ``samples``: the numbers S of importance samples per example at which everything is read off. ``normaliser``: the numbers
+    N of base samples per context at which the plug-in is. ``proposals``: the numbers M of SIR proposals at which the sampler
+    bound is. ``resamples``: T, for how many of the S samples normalisers are estimated; a model of one group, where all
+    samples share the context, has them for all. ``pool``: base samples of the first group, whose context all examples share.
     """
 
-    samples: Count
-    normaliser: list[Count]
-    proposals: list[Count]
+    samples: Counts
+    normaliser: Counts
+    proposals: Counts
+    resamples: Annotated[int, Field(ge=1, le=SAMPLES_AT_ONCE)] = 16
     pool: Count = 2**20
-    gains: GainOptions | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "LikelihoodOptions":
+        for name in ("samples", "normaliser", "proposals"):
+            counts = getattr(self, name)
+            if len(set(counts)) != len(counts):
+                raise ValueError(f"{name}: {counts} names a number twice")
         if max(*self.normaliser, *self.proposals) > self.pool:
             raise ValueError(f"pool: {self.pool} base samples are fewer than the largest of normaliser and proposals")
         return self
@@ -157,75 +169,202 @@ def log_likelihoods(
         options: sample counts.
 
     Returns:
-        Tensors (rows,), nats: ``NAME`` for an exact prior; for a corrected one ``NAME/plugin/N``, ``NAME/sampler/M``, and
-        ``NAME/log-z/k00/N`` … (mean over the example's posterior samples of log Ẑ_k) and ``NAME/elbo-gain/k00`` … (the
-        like mean of log r − log normaliser of SIR with the most proposals: what the group adds to the ELBO).
+        Tensors (rows,), nats: ``NAME/S`` for an exact prior; for a corrected one ``NAME/plugin/N/S``, ``NAME/sampler/M/S``,
+        and ``NAME/log-z/k00/N`` … (mean over posterior samples of log Ẑ_k) and ``NAME/elbo-gain/k00`` … (the like mean of
+        log r − log normaliser of SIR with the most proposals: what the group adds to the ELBO).
     """
-    S, features = options.samples, model.encode(x)
-    passes = [
-        _one_pass(model, priors, pools, x, features, rows, range(first, min(first + SAMPLES_AT_ONCE, S)), seed, options)
-        for first in range(0, S, SAMPLES_AT_ONCE)
-    ]
-    weights = {key: torch.stack([one[key] for one, _ in passes]).logsumexp(0) - math.log(S) for key in passes[0][0]}
-    return weights | {key: torch.stack([one[key] for _, one in passes]).sum(0) / S for key in passes[0][1]}
+    return _Likelihoods(model, priors, pools, x, rows, seed, options).measure()
 
 
-def _one_pass(
-    model: HierarchicalVAE,
-    priors: Mapping[str, LearnedPrior],
-    pools: Mapping[str, Pool],
-    x: Tensor,
-    features: Sequence[Tensor],
-    rows: Sequence[int],
-    samples: range,
-    seed: int,
-    options: LikelihoodOptions,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Some of the posterior samples of every example: log Σ of their importance weights, and Σ of what is averaged."""
-    device, S, marks = x.device, len(samples), _marks(options)
-    features = [feature.repeat(S, *[1] * (feature.dim() - 1)) for feature in features]
-    positions = (torch.tensor(rows)[None] * options.samples + torch.tensor(samples)[:, None]).flatten()
-    log_q = x.new_zeros(S * len(x))
-    log_base = {name: torch.zeros_like(log_q) for name in priors}
-    log_norm: dict[str, Tensor] = {}
-    by_group: dict[str, Tensor] = {}
+@dataclass
+class _Likelihoods:
+    """:func:`log_likelihoods` of one batch."""
 
-    def stream(purpose: str, k: int) -> Noise:
-        step = samples.start // SAMPLES_AT_ONCE
-        return Noise(seed, f"likelihood-{purpose}", k, step, rows=rows, repeats=S, device=device)
+    model: HierarchicalVAE
+    priors: Mapping[str, LearnedPrior]
+    pools: Mapping[str, Pool]
+    x: Tensor
+    rows: Sequence[int]
+    seed: int
+    options: LikelihoodOptions
 
-    def choose(k: int, context: Tensor) -> Tensor:
-        nonlocal log_q
-        posterior = model.posterior(k, context, features)
-        z = posterior.draw(stream("posterior", k))
-        log_q = log_q + posterior.log_prob(z)
-        for name, prior in priors.items():
-            log_base[name] += prior.base(k, context).log_prob(z)
-            if not prior.exact:
-                log_w = proposal_weight(prior, k, z, context)
-                log_r = prior.log_ratio(k, z, context).float() if prior.proposes else log_w
-                log_base[name] += log_r
-                sums = (
-                    {mark: pools[name].log_sums(mark, positions) for mark in marks}
-                    if k == 0
-                    else _fresh_log_sums(prior, k, context, stream(f"normaliser-{name}", k), marks)
-                )
-                _add_normalisers(name, sums, log_w, options, log_norm)
-                for n in options.normaliser:
-                    by_group[f"{name}/log-z/k{k:02d}/{n}"] = (sums[n] - math.log(n)).view(S, -1).sum(0)
-                gain = log_r - _sampler_normaliser(sums, log_w, max(options.proposals))
-                by_group[f"{name}/elbo-gain/k{k:02d}"] = gain.view(S, -1).sum(0)
-        return z
+    def __post_init__(self) -> None:
+        self.corrected = [name for name, prior in self.priors.items() if not prior.exact]
+        self.shares_context = self.model.groups == 1
+        self.sums: dict[str, _PrefixSums] = {}
+        self.drawn = {name: _Resampled(self.options.resamples, len(self.x), self.x.device) for name in self.corrected}
+        self.by_group: dict[str, list[Tensor]] = {}
 
-    decoded = model.decode(descend(model, S * len(x), choose))
-    log_weight = decoded.log_prob(x.repeat(S, *[1] * (x.dim() - 1))) - log_q
+    def measure(self) -> dict[str, Tensor]:
+        """All of it."""
+        most, found = max(self.options.samples), dict[str, Tensor]()
+        for first in range(0, most, SAMPLES_AT_ONCE):
+            self._add(range(first, min(first + SAMPLES_AT_ONCE, most)))
+        for key, sums in self.sums.items():
+            found |= {f"{key}/{count}": total - math.log(count) for count, total in sums.found.items()}
+        if not self.shares_context:
+            found = self._normalised(found)
+        return found | {key: torch.cat(parts).mean(0) for key, parts in self.by_group.items()}
 
-    def weighed(log_prior: Tensor) -> Tensor:
-        return (log_weight + log_prior).view(S, -1).logsumexp(0)
+    def _stream(self, purpose: str, k: int, step: int, repeats: int) -> Noise:
+        return Noise(self.seed, f"likelihood-{purpose}", k, step, self.rows, repeats, self.x.device)
 
-    exact = {name: weighed(log_base[name]) for name, prior in priors.items() if prior.exact}
-    corrected = {key: weighed(log_base[key.split("/")[0]] - norm) for key, norm in log_norm.items()}
-    return exact | corrected, by_group
+    def _add(self, samples: range) -> None:
+        """Take in the next posterior samples of every example."""
+        count, step, codes = len(samples), samples.start // SAMPLES_AT_ONCE, list[Tensor]()
+        log_q = self.x.new_zeros(count * len(self.x))
+        log_prior = {name: torch.zeros_like(log_q) for name in self.priors}
+
+        def visit(k: int, context: Tensor, posterior: DiagonalNormal, z: Tensor) -> None:
+            nonlocal log_q
+            codes.append(z)
+            log_q = log_q + posterior.log_prob(z)
+            for name, prior in self.priors.items():
+                log_prior[name] += prior.base(k, context).log_prob(z)
+                if not prior.exact:
+                    log_prior[name] += prior.log_ratio(k, z, context).float()
+
+        context = posterior_pass(self.model, self.x, lambda k: self._stream("posterior", k, step, count), visit, count)
+        log_weight = self.model.decode(context).log_prob(self.x.repeat(count, *[1] * (self.x.dim() - 1))) - log_q
+        log_v = {name: (log_weight + value).view(count, -1) for name, value in log_prior.items()}
+        for name, value in log_v.items():
+            self._sum(name, value, samples)
+        if self.shares_context:
+            positions = (
+                torch.tensor(self.rows)[None] * max(self.options.samples) + torch.tensor(samples)[:, None]
+            ).flatten()
+            for name in self.corrected:
+                for key, norm in self._log_normalisers(name, codes, positions, step, count).items():
+                    self._sum(key, log_v[name] - norm, samples)
+            return
+        latents = [z.view(count, len(self.x), *z.shape[1:]) for z in codes]
+        resamples = self.options.resamples
+        if samples.start == 0 and self.corrected:
+            # The first samples as they are: means over the posterior, and every S up to T without resampling.
+            first = range(min(resamples, count))
+            for name in self.corrected:
+                own = [z[: len(first)].flatten(0, 1) for z in latents]
+                for key, norm in self._log_normalisers(name, own, self._positions(0, len(first)), 0, len(first)).items():
+                    self._sum(key, log_v[name][: len(first)] - norm, first)
+        marks = {size - samples.start: size for size in self.options.samples if size > resamples}
+        for name in self.corrected:
+            race = self._stream(f"resample-{name}", 0, step, 1).gumbel((resamples, count), (len(self.x),))
+            self.drawn[name].add(log_v[name] + race, latents, marks)
+
+    def _sum(self, key: str, log_values: Tensor, samples: range) -> None:
+        self.sums.setdefault(key, _PrefixSums(self.options.samples)).add(log_values, samples)
+
+    def _positions(self, part: int, count: int) -> Tensor:
+        """Which blocks of a pool the samples of one part of the work read, (count x rows,)."""
+        parts = 1 + len(self.options.samples)
+        first = (torch.tensor(self.rows)[None] * parts + part) * self.options.resamples
+        return (first + torch.arange(count)[:, None]).flatten()
+
+    def _normalised(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What was found, its corrected priors' sums of unnormalised weights replaced by normalised likelihoods."""
+        for name in self.corrected:
+            for part, (size, codes) in enumerate(self.drawn[name].found.items(), 1):
+                resamples = self.options.resamples
+                flat = [z.flatten(0, 1) for z in codes]
+                norms = self._log_normalisers(name, flat, self._positions(part, resamples), part, resamples, means=False)
+                for key, norm in norms.items():
+                    found[f"{key}/{size}"] = found[f"{name}/{size}"] + (-norm).logsumexp(0) - math.log(resamples)
+            found = {key: value for key, value in found.items() if key.split("/")[:-1] != [name]}
+        return found
+
+    def _log_normalisers(
+        self, name: str, codes: Sequence[Tensor], positions: Tensor, step: int, count: int, means: bool = True
+    ) -> dict[str, Tensor]:
+        """Σ_k of the log normalisers of given latents, for each N and each M.
+
+        Args:
+            name: of the prior.
+            codes: z of every group, (count x rows, *latent), repeat-major.
+            positions: of each in the pool.
+            step, count: name the draws.
+            means: whether the means over these samples count as means over the posterior.
+
+        Returns:
+            ``NAME/plugin/N`` and ``NAME/sampler/M``, each (count, rows).
+        """
+        prior, marks, norms = self.priors[name], _marks(self.options), dict[str, Tensor]()
+
+        def choose(k: int, context: Tensor) -> Tensor:
+            z = codes[k]
+            log_w = proposal_weight(prior, k, z, context)
+            log_r = prior.log_ratio(k, z, context).float() if prior.proposes else log_w
+            sums = (
+                {mark: self.pools[name].log_sums(mark, positions) for mark in marks}
+                if k == 0
+                else _fresh_log_sums(prior, k, context, self._stream(f"normaliser-{name}", k, step, count), marks)
+            )
+            _add_normalisers(name, sums, log_w, self.options, norms)
+            if means:
+                for n in self.options.normaliser:
+                    self._mean(f"{name}/log-z/k{k:02d}/{n}", sums[n] - math.log(n), count)
+                gain = log_r - _sampler_normaliser(sums, log_w, max(self.options.proposals))
+                self._mean(f"{name}/elbo-gain/k{k:02d}", gain, count)
+            return z
+
+        descend(self.model, len(codes[0]), choose)
+        return {key: norm.view(count, -1) for key, norm in norms.items()}
+
+    def _mean(self, key: str, values: Tensor, count: int) -> None:
+        self.by_group.setdefault(key, []).append(values.view(count, -1))
+
+
+class _PrefixSums:
+    """log Σ exp over the first S of a stream of values, example by example, for several S."""
+
+    def __init__(self, sizes: Sequence[int]):
+        self.sizes = sizes
+        self.found: dict[int, Tensor] = {}  # S -> (rows,)
+        self._before: Tensor | None = None
+
+    def add(self, log_values: Tensor, samples: range) -> None:
+        """Take in the values (samples, rows) of the next samples."""
+        for size in self.sizes:
+            if samples.start < size <= samples.stop:
+                self.found[size] = self._until(log_values[: size - samples.start])
+        self._before = self._until(log_values)
+
+    def _until(self, log_values: Tensor) -> Tensor:
+        total = log_values.logsumexp(0)
+        return total if self._before is None else torch.logaddexp(self._before, total)
+
+
+class _Resampled:
+    """T samples of every example, drawn in proportion to their weights from the first S of a stream, for several S.
+
+    By the Gumbel-max trick, so that nothing but the T winners of every example is kept.
+    """
+
+    def __init__(self, count: int, rows: int, device: torch.device):
+        self.best = torch.full((count, rows), -math.inf, device=device)
+        self.codes: list[Tensor] = []  # of every group, (T, rows, *latent)
+        self.found: dict[int, list[Tensor]] = {}  # S -> codes
+
+    def add(self, keys: Tensor, latents: Sequence[Tensor], marks: Mapping[int, int]) -> None:
+        """Take in the next samples.
+
+        Args:
+            keys: log weight plus Gumbel noise, (T, samples, rows).
+            latents: of every group, (samples, rows, *latent).
+            marks: after how many of these samples to note the winners, and under which S.
+        """
+        for prefix, size in marks.items():
+            if 0 < prefix <= keys.shape[1]:
+                self.found[size] = self._winners(keys[:, :prefix], latents)[1]
+        self.best, self.codes = self._winners(keys, latents)
+
+    def _winners(self, keys: Tensor, latents: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        values, winner = keys.max(1)
+        better, columns = values > self.best, torch.arange(keys.shape[2], device=keys.device)
+        chosen = [z[winner, columns] for z in latents]
+        if self.codes:
+            wide = [better.view(*better.shape, *[1] * (z.dim() - 2)) for z in chosen]
+            chosen = [torch.where(*parts) for parts in zip(wide, chosen, self.codes, strict=True)]
+        return torch.maximum(values, self.best), chosen
 
 
 def _sampler_normaliser(sums: Mapping[int, Tensor], log_w: Tensor, m: int) -> Tensor:
@@ -251,31 +390,30 @@ def contrastive_losses(
 
     softplus(−log r) of a posterior sample plus softplus(log r) of a base sample in the same context.
     """
-    features, found = model.encode(x), []
+    found: list[Tensor] = []
 
-    def choose(k: int, context: Tensor) -> Tensor:
-        z = model.posterior(k, context, features).draw(Noise(seed, "nce-posterior", k, rows=rows, device=x.device))
-        other = prior.base(k, context).draw(Noise(seed, "nce-base", k, rows=rows, device=x.device))
-        losses = [torch.nn.functional.softplus(sign * prior.log_ratio(k, at, context)) for sign, at in ((-1, z), (1, other))]
-        found.append(losses[0] + losses[1])
-        return z
+    def visit(k: int, context: Tensor, posterior: DiagonalNormal, z: Tensor) -> None:  # noqa: ARG001
+        base = prior.base(k, context).draw(Noise(seed, "nce-base", k, rows=rows, device=x.device))
+        found.append(softplus(-prior.log_ratio(k, z, context)) + softplus(prior.log_ratio(k, base, context)))
 
-    descend(model, len(x), choose)
+    posterior_pass(model, x, _streams(seed, "nce-posterior", rows, x.device), visit)
     return found
 
 
 @torch.no_grad()
 def divergences(model: HierarchicalVAE, x: Tensor, rows: Sequence[int], seed: int) -> list[Tensor]:
     """KL(q(z_k | z_<k, x) || p(z_k | z_<k)) under the model's own prior, z_<k ~ q: K tensors (rows,), nats."""
-    features, found = model.encode(x), []
+    found: list[Tensor] = []
 
-    def choose(k: int, context: Tensor) -> Tensor:
-        posterior = model.posterior(k, context, features)
+    def visit(k: int, context: Tensor, posterior: DiagonalNormal, z: Tensor) -> None:  # noqa: ARG001
         found.append(kl_divergence(posterior, model.prior(k, context)))
-        return posterior.draw(Noise(seed, "kl", k, rows=rows, device=x.device))
 
-    descend(model, len(x), choose)
+    posterior_pass(model, x, _streams(seed, "kl", rows, x.device), visit)
     return found
+
+
+def _streams(seed: int, purpose: str, rows: Sequence[int], device: torch.device) -> Callable[[int], Noise]:
+    return lambda k: Noise(seed, purpose, k, rows=rows, device=device)
 
 
 StandardError = tuple[float, float, int]

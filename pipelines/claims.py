@@ -1,15 +1,25 @@
 """The papers' claims, and what the results say of them.
 
-A claim is judged by what it says:
+A verdict is one of three words, and each is said of the whole 95 % interval [x − h, x + h] of our number x over seeds, with
+everything signed so that higher is better. What is in none of the two regions is ``inconclusive``: these seeds and images do
+not tell.
 
-- ``absolute``: our mean over seeds is at least as good as the paper's value, give or take the stated tolerance.
-- ``gain``: our mean gain over the base is, likewise, and its 95 % interval excludes zero.
-- ``ordering``: one thing is better than another, by more than the 95 % interval of the difference.
-- ``no-worse``: one thing is not worse than another by more than the tolerance, at the far end of that interval.
-- ``correlation``: two metrics rise together over groups and seeds: Spearman's rank correlation, p < 0.05.
+| kind | reproduced | contradicted |
+| --- | --- | --- |
+| ``absolute``: at least the paper's value v, give or take the tolerance t | x − h ≥ v − t | x + h < v − t |
+| ``gain``: the same of a gain over the base, which is also above zero | and x − h > 0 | or x + h ≤ 0 |
+| ``ordering``: one thing is better than another; x is the difference | x − h > 0 | x + h < 0, or x = h = 0 |
+| ``no-worse``: one thing is not worse than another by more than t | x − h ≥ −t | x + h < −t |
+| ``correlation``: two metrics rise together over groups (Spearman) | right sign, p < 0.05 | wrong sign, p < 0.05 |
+
+``context`` is shown beside the paper's number and not judged.
+
+A prior whose training was ended by its budget could only have got better. So nothing is held against a subject that was
+still improving, and nothing is won over a rival that was: such a verdict becomes inconclusive.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,8 +33,15 @@ from runtime.errors import UserError
 from runtime.options import Options
 
 SIGNIFICANCE = 0.05
+POWER = (1.96 + 0.84) / 1.96
+"""Smallest difference found with a power of 80 % at a level of 5 %, in half-widths of the 95 % interval."""
+
+FEWEST = 4
+"""Groups that a rank correlation needs."""
 
 Text = Annotated[str, Field(min_length=1)]
+Size = Annotated[int, Field(ge=1)]
+Word = Literal["reproduced", "contradicted", "inconclusive"]
 
 
 class Tolerance(Options):
@@ -34,12 +51,38 @@ class Tolerance(Options):
     reason: Text
 
 
+class Criterion(Options):
+    """Since when a claim is judged the way it is.
+
+    ``committed``: the revision, twelve hexadecimal digits, that says for the first time what is judged and how.
+    ``after_result``: why the criterion is newer than the result it judges, where it is.
+    """
+
+    committed: Annotated[str, Field(pattern="^[0-9a-f]{12}$")] | None = None
+    after_result: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "Criterion":
+        if self.committed is None and self.after_result is None:
+            raise ValueError(
+                "name the revision in `committed`, or say in `after_result` why there is none before the result"
+            )
+        return self
+
+
 class Subject(Options):
-    """What a claim is about, or what it is compared with: rows of the results table."""
+    """What a claim is about, or what it is compared with: rows of the results table.
+
+    ``samples``, ``normaliser`` and ``proposals`` are S, N and M; S and N are the largest measured if absent. The bound for
+    SIR is a likelihood's, of no sampler: it is named by M alone.
+    """
 
     prior: str
     sampler: str = ""
     metric: str
+    samples: Size | None = None
+    normaliser: Size | None = None
+    proposals: Size | None = None
 
     @field_validator("metric")
     @classmethod
@@ -49,6 +92,14 @@ class Subject(Options):
         except UserError as error:
             raise ValueError(str(error)) from None
         return name
+
+    @model_validator(mode="after")
+    def _named_by_size(self) -> "Subject":
+        if self.metric.endswith("-sampler") and self.proposals is None:
+            raise ValueError(f"{self.metric} is a bound for SIR with M proposals: name M in `proposals`")
+        if self.metric.startswith(("loglik", "truth-gap")) and self.sampler:
+            raise ValueError(f"{self.metric} belongs to no sampler: leave `sampler` out")
+        return self
 
 
 class Claim(Options):
@@ -60,12 +111,15 @@ class Claim(Options):
         standing: how the number is known: ``found`` in public material, ``seed`` (a summary of the paper), ``derived`` from
             those, or ``recalled`` from memory, which is shown and never tested.
         experiment: the experiment that tests it.
+        settings: in its place, several experiments that each test it.
         subject: the rows it is about; absent where nothing here measures it yet.
         against: for an ordering, the rows that the subject is to be better than; for a correlation, the other metric.
         kind, direction, tolerance: how it is judged.
+        criterion: since when it is judged so.
+        why: of a context, why it is not judged.
         untested: why no command can test it yet.
-        finding: what we found instead, where a tested claim does not hold here. It is shown with the verdict, and is wrong,
-            and fails, if the claim does hold.
+        expected: the verdict that we say it gets. Another one is a failure.
+        finding: what we found instead, where that is not ``reproduced``. It is shown with that verdict.
         decoder: the decoder's likelihood, where the number depends on it.
     """
 
@@ -75,35 +129,62 @@ class Claim(Options):
     value: float | None = None
     source: Text
     standing: Literal["found", "seed", "derived", "recalled"]
-    experiment: str
+    experiment: str | None = None
+    settings: Annotated[list[str], Field(min_length=2)] | None = None
     subject: Subject | None = None
     against: Subject | None = None
-    kind: Literal["absolute", "gain", "ordering", "no-worse", "correlation"]
+    kind: Literal["absolute", "gain", "ordering", "no-worse", "correlation", "context"]
     direction: Literal["higher", "lower"]
     tolerance: Tolerance | None = None
+    criterion: Criterion | None = None
+    why: Text | None = None
     untested: Text | None = None
+    expected: Word = "reproduced"
     finding: Text | None = None
     decoder: Text | None = None
 
+    @property
+    def experiments(self) -> list[str]:
+        """The experiments that test it."""
+        return self.settings or [str(self.experiment)]
+
+    @property
+    def tested(self) -> bool:
+        """Whether a command can judge it."""
+        return self.untested is None and self.kind != "context"
+
     @model_validator(mode="after")
-    def _testable_or_not(self) -> "Claim":
+    def _complete(self) -> "Claim":
+        if (self.experiment is None) == (self.settings is None):
+            raise ValueError("name either one `experiment` or several `settings`")
+        if self.settings is not None and len(set(self.settings)) < len(self.settings):
+            raise ValueError("`settings` names an experiment twice")
         starred = [subject for subject in (self.subject, self.against) if subject is not None and "*" in subject.metric]
         if starred and self.kind != "correlation":
             raise ValueError("only a correlation is over all groups; name one group instead of *")
-        if self.untested is None:
-            if self.standing == "recalled":
-                raise ValueError("a recalled number is never tested; say in `untested` why")
-            if self.subject is None:
-                raise ValueError("a claim without `untested` needs a subject")
-            if self.kind in ("absolute", "gain") and (self.value is None or self.tolerance is None):
-                raise ValueError(f"a tested claim of kind {self.kind} needs a value and a tolerance")
-            if self.kind == "no-worse" and self.tolerance is None:
-                raise ValueError("a tested claim of kind no-worse needs a tolerance")
-            if self.kind in ("ordering", "no-worse", "correlation") and self.against is None:
-                raise ValueError(f"a tested claim of kind {self.kind} needs `against`")
-        if self.kind == "absolute" and self.experiment.endswith("-lite") and self.untested is None:
-            raise ValueError("a -lite experiment is not the paper's protocol, so no absolute value is compared with it")
+        if self.kind == "context" and (self.why is None or self.subject is None):
+            raise ValueError("a context needs a subject, and to say in `why` it is not judged")
+        if self.expected != "reproduced" and self.finding is None:
+            raise ValueError(f"a claim that is expected to be {self.expected} needs a `finding`")
+        if self.tested:
+            self._check_tested()
         return self
+
+    def _check_tested(self) -> None:
+        if self.standing == "recalled":
+            raise ValueError("a recalled number is never tested; say in `untested` why")
+        if self.subject is None:
+            raise ValueError("a claim without `untested` needs a subject")
+        if self.kind in ("absolute", "gain") and (self.value is None or self.tolerance is None):
+            raise ValueError(f"a tested claim of kind {self.kind} needs a value and a tolerance")
+        if self.kind == "no-worse" and self.tolerance is None:
+            raise ValueError("a tested claim of kind no-worse needs a tolerance")
+        if self.kind in ("ordering", "no-worse", "correlation") and self.against is None:
+            raise ValueError(f"a tested claim of kind {self.kind} needs `against`")
+        if self.criterion is None:
+            raise ValueError("a tested claim needs a `criterion`: since when is it judged so?")
+        if self.kind == "absolute" and any(name.endswith("-lite") for name in self.experiments):
+            raise ValueError("a -lite experiment is not the paper's protocol, so no absolute value is compared with it")
 
 
 class Targets(Options):
@@ -135,113 +216,344 @@ def load(path: Path) -> list[Claim]:
 
 
 @dataclass(frozen=True)
+class Number:
+    """What one experiment says of a claim.
+
+    Attributes:
+        experiment: the experiment.
+        word: the verdict on it alone; empty for a context.
+        value: our number. For an ordering the difference, for a correlation Spearman's ρ.
+        interval: half-width of its 95 % interval; None for a correlation.
+        note: what the number is, where the claim alone does not say.
+        reason: why it is inconclusive, if it is.
+        conditional: whether all of it is of one VAE.
+    """
+
+    experiment: str
+    word: str
+    value: float
+    interval: float | None
+    note: str = ""
+    reason: str = ""
+    conditional: bool = False
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the results say of a claim.
 
     Attributes:
         claim: the claim.
-        verdict: ``reproduced``, ``not reproduced`` or ``untested: why``.
-        ours: our number; None if untested. For an ordering the difference, for a correlation Spearman's ρ.
-        interval: half-width of its 95 % interval; None if untested or a correlation.
-        note: what the number is, where the claim alone does not say.
+        word: ``reproduced``, ``contradicted``, ``inconclusive`` or ``untested``; ``context`` for what is not judged.
+        reason: what the word alone does not say.
+        numbers: one for each experiment that tests it; none if untested.
     """
 
     claim: Claim
-    verdict: str
-    ours: float | None = None
-    interval: float | None = None
-    note: str = ""
+    word: str
+    reason: str = ""
+    numbers: tuple[Number, ...] = ()
+
+    @property
+    def tested(self) -> bool:
+        """Whether the results judge it."""
+        return self.word not in ("untested", "context")
 
     @property
     def failed(self) -> bool:
         """Whether the claim was tested and came out otherwise than we say it does."""
-        if self.ours is None:
-            return False
-        return (self.verdict == "reproduced") == (self.claim.finding is not None)
+        return self.tested and self.word != self.claim.expected
+
+    @property
+    def text(self) -> str:
+        """The word, its reason, what was found, and what is to be known of the criterion."""
+        parts = [self.reason]
+        if self.failed:
+            parts.append(f"{self.claim.expected} is what targets.yaml expects")
+        elif self.tested:
+            parts.append(self.claim.finding or "")
+        criterion = self.claim.criterion
+        if self.tested and criterion is not None and criterion.after_result is not None:
+            parts.append(f"the criterion is newer than the result: {criterion.after_result}")
+        said = "; ".join(filter(None, parts))
+        return f"{self.word}: {said}" if said else self.word
 
 
-def judge(claims: Sequence[Claim], table: pd.DataFrame) -> list[Verdict]:
-    """Hold every claim against the results table (one row a seed)."""
-    return [_judge(claim, table) for claim in claims]
+Stale = Callable[[pd.DataFrame], pd.Series]
+"""For rows of the results table, what has changed since; see :func:`pipelines.results.stale_rows`."""
+
+
+def judge(claims: Sequence[Claim], table: pd.DataFrame, stale: Stale | None = None) -> list[Verdict]:
+    """Hold every claim against the results table (one row a seed).
+
+    Args:
+        claims: the claims.
+        table: the results.
+        stale: tells which rows are. Those of another configuration are refused; those of earlier code are judged, and said
+            so. Without it, all rows are taken as they are.
+
+    Raises:
+        UserError: if a claim's subject names rows of several numbers.
+    """
+    return [_judge(claim, table, stale) for claim in claims]
 
 
 def rows_of(claim: Claim, subject: Subject, table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the table that a claim's subject names; a metric that ends in ``/*`` names all groups."""
-    own = table[(table.experiment == claim.experiment) & (table.prior == subject.prior) & (table.sampler == subject.sampler)]
+    own = table[
+        table.experiment.isin(claim.experiments) & (table.prior == subject.prior) & (table.sampler == subject.sampler)
+    ]
     prefix, star, _ = subject.metric.partition("*")
-    return own[own.metric.str.startswith(prefix) if star else own.metric == subject.metric]
+    own = own[own.metric.str.startswith(prefix) if star else own.metric == subject.metric]
+    for size in results.SIZES:
+        wanted = getattr(subject, size)
+        if wanted is not None:
+            own = own[own[size] == wanted]
+    return results.headline(own)
 
 
-def _judge(claim: Claim, table: pd.DataFrame) -> Verdict:
+def _judge(claim: Claim, table: pd.DataFrame, stale: Stale | None) -> Verdict:
     if claim.untested is not None or claim.subject is None:
-        return Verdict(claim, f"untested: {claim.untested}")
+        return Verdict(claim, "untested", claim.untested or "")
     subjects = [subject for subject in (claim.subject, claim.against) if subject is not None]
     rows = [rows_of(claim, subject, table) for subject in subjects]
-    if any(found.empty for found in rows):
-        return Verdict(
-            claim, f"untested: results.csv has no such row; add {claim.experiment} to run in params.yaml, then dvc repro"
-        )
+    missing = [name for name in claim.experiments if any((found.experiment != name).all() for found in rows)]
+    if missing:
+        names = ", ".join(missing)
+        run = f"run the stages of {names}, then priorhole report"
+        return Verdict(claim, "untested", f"results.csv has no such row of {names}; {run}")
+    changed = pd.concat(rows).assign(stale=lambda own: "" if stale is None else stale(own))
+    other = changed[changed.stale == "configuration"].experiment.unique()
+    if len(other):
+        run = "; ".join(f"priorhole evaluate {name}" for name in other)
+        return Verdict(claim, "untested", f"its rows are of another configuration; run {run}; priorhole report")
+    earlier = changed[changed.stale == "code"].experiment.unique()
+    numbers = []
+    for name in claim.experiments:
+        own = [found[found.experiment == name] for found in rows]
+        number = _number(claim, name, own)
+        if number is None:
+            return Verdict(claim, "untested", f"{name} has too few groups for a rank correlation; it takes {FEWEST}")
+        numbers.append(_trained(claim, number, table, measured_earlier=name in earlier))
+    return _over_settings(claim, numbers)
+
+
+def _over_settings(claim: Claim, numbers: Sequence[Number]) -> Verdict:
+    """The verdict that all experiments give; inconclusive if they differ."""
+    words = {number.word for number in numbers}
+    if claim.kind == "context":
+        return Verdict(claim, "context", claim.why or "", tuple(numbers))
+    if len(numbers) == 1:
+        return Verdict(claim, numbers[0].word, numbers[0].reason, tuple(numbers))
+    if len(words) == 1:
+        return Verdict(claim, words.pop(), f"in all {len(numbers)} settings", tuple(numbers))
+    holds = [number.experiment for number in numbers if number.word == "reproduced"]
+    names = f" ({', '.join(holds)})" if holds else ""
+    return Verdict(claim, "inconclusive", f"holds in {len(holds)} of {len(numbers)} settings{names}", tuple(numbers))
+
+
+def _number(claim: Claim, experiment: str, rows: Sequence[pd.DataFrame]) -> Number | None:
+    """The number of one experiment and its verdict, by kind; None where a correlation has too few groups."""
     if claim.kind == "correlation":
-        return _correlation(claim, *rows)
+        return _correlation(claim, experiment, *rows)
+    for own in rows:
+        if len(own.drop_duplicates(results.KEYS)) > 1:
+            raise UserError(
+                f"targets.yaml: {claim.id}: {experiment} has several numbers for {own.metric.iloc[0]}; name `proposals`, "
+                "`normaliser` or `samples`"
+            )
     sign = 1 if claim.direction == "higher" else -1
-    if claim.kind in ("ordering", "no-worse"):
-        difference, interval = results.difference(*rows)
+    margin = 0.0 if claim.tolerance is None else claim.tolerance.value
+    if len(rows) == 2:
+        value, interval = results.difference(*rows)
         note = " against ".join(f"{found.value.mean(skipna=False):.3g}" for found in rows)
-        if claim.kind == "ordering":
-            return Verdict(claim, _word(sign * difference > interval), difference, interval, note)
-        assert claim.tolerance is not None
-        good = sign * difference - interval >= -claim.tolerance.value
-        return Verdict(claim, _word(good), difference, interval, f"{note}; tolerance {claim.tolerance.value:g}")
-    assert claim.value is not None
-    assert claim.tolerance is not None
-    ((value, interval),) = results.over_seeds(rows[0])[["value", "interval"]].to_numpy()
-    good = sign * (value - claim.value) >= -claim.tolerance.value
-    if claim.kind == "gain":
-        good = good and sign * value > interval
-    return Verdict(claim, _word(good), value, interval, f"tolerance {claim.tolerance.value:g}")
+        word = _word(sign * value, interval, -margin, strict=claim.kind == "ordering")
+    else:
+        ((value, interval),) = results.over_seeds(rows[0])[["value", "interval"]].to_numpy()
+        note = ""
+        if claim.kind == "context":
+            return Number(experiment, "", value, interval, conditional=results.conditional(rows[0]))
+        word = _word(sign * value, interval, sign * float(claim.value or 0) - margin)
+        if claim.kind == "gain":
+            word = _worse_of(word, _word(sign * value, interval, 0.0, strict=True))
+    note = "; ".join(filter(None, (note, f"margin {margin:g}")))
+    reason = _undetected(rows, value, interval) if word == "inconclusive" else ""
+    return Number(experiment, word, value, interval, note, reason, any(map(results.conditional, rows)))
 
 
-def _correlation(claim: Claim, first: pd.DataFrame, second: pd.DataFrame) -> Verdict:
+def _word(value: float, half_width: float, bar: float, strict: bool = False) -> Word:
+    """Where an interval lies to a bar, higher being better; ``strict``: the bar itself is not enough."""
+    low, high = value - half_width, value + half_width
+    if low > bar or (low == bar and not strict):
+        return "reproduced"
+    return "contradicted" if high < bar or (high == bar and strict) else "inconclusive"
+
+
+def _worse_of(*words: Word) -> Word:
+    """Of two verdicts that must both hold."""
+    order: tuple[Word, ...] = ("contradicted", "inconclusive", "reproduced")
+    return min(words, key=order.index)
+
+
+def _undetected(rows: Sequence[pd.DataFrame], value: float, interval: float) -> str:
+    """The smallest difference that would have shown."""
+    if not (math.isfinite(value) and math.isfinite(interval)):
+        return "a seed's number is not finite"
+    seeds, examples = min(len(own) for own in rows), min(int(own.n.max()) for own in rows)
+    plural = "s" if seeds > 1 else ""
+    return f"{seeds} seed{plural} of n = {examples} would have shown {interval * POWER:.2g}, four times in five"
+
+
+def _correlation(claim: Claim, experiment: str, first: pd.DataFrame, second: pd.DataFrame) -> Number | None:
+    """Rank correlation over groups; the seeds of one VAE are not independent, so they are averaged first."""
     from scipy.stats import spearmanr
+    from scipy.stats import t as student
 
     group = {"group": lambda rows: rows.metric.str.split("/").str[1]}
-    both = first.assign(**group).merge(second.assign(**group), on=["seed", "group"])
-    if len(both) < 4:
-        return Verdict(claim, f"untested: {len(both)} groups and seeds are too few for a rank correlation")
-    rho, p = spearmanr(both.value_x, both.value_y)
+    both = first.assign(**group).merge(second.assign(**group), on=["seed", "vae_seed", "group"])
+    means = both.groupby(["vae_seed", "group"])[["value_x", "value_y"]].agg(_mean)
+    count = len(means)
+    if count < FEWEST:
+        return None
+    rho, p = spearmanr(means.value_x, means.value_y)
     sign = 1 if claim.direction == "higher" else -1
-    note = f"Spearman, p = {p:.1g}, {len(both)} groups and seeds"
-    return Verdict(claim, _word(sign * rho > 0 and p < SIGNIFICANCE), float(rho), None, note)
+    vaes = both.vae_seed.nunique()
+    note = f"Spearman, p = {p:.1g}, {count} groups of {vaes} VAE{'s' if vaes > 1 else ''}; margin p < {SIGNIFICANCE:g}"
+    word, reason = "inconclusive", ""
+    if p < SIGNIFICANCE:
+        word = "reproduced" if sign * rho > 0 else "contradicted"
+    else:
+        quantile = student.ppf(1 - SIGNIFICANCE / 2, count - 2)
+        critical = quantile / math.sqrt(count - 2 + quantile**2)
+        reason = f"{count} groups show a correlation of {critical:.2f} or more"
+    return Number(experiment, word, float(rho), None, note, reason, vaes == 1)
 
 
-def _word(good: bool) -> str:
-    return "reproduced" if good else "not reproduced"
+def _mean(values: pd.Series) -> float:
+    """NaN if one of them is."""
+    return values.mean(skipna=False)
+
+
+def _trained(claim: Claim, number: Number, table: pd.DataFrame, measured_earlier: bool) -> Number:
+    """The same number, where training was too short for its verdict inconclusive; and said so if of earlier code."""
+    word, reason = number.word, number.reason
+    assert claim.subject is not None
+    subject, against = claim.subject.prior, None if claim.against is None else claim.against.prior
+    comparable = claim.kind in ("absolute", "gain", "ordering", "no-worse") and "seconds" not in claim.subject.metric
+    if comparable and subject != against:
+        unfinished = subject if word == "contradicted" else against if word == "reproduced" else None
+        if unfinished is not None and _improving(unfinished, number.experiment, table):
+            word, reason = "inconclusive", f"{unfinished} was still improving when its budget ended"
+    note = "; ".join(filter(None, (number.note, "measured by earlier code" if measured_earlier else "")))
+    return Number(number.experiment, word, number.value, number.interval, note, reason, number.conditional)
+
+
+def _improving(prior: str, experiment: str, table: pd.DataFrame) -> bool:
+    """Whether the training of a prior was ended by its budget, in any group of any seed; False where nothing is trained."""
+    own = table[(table.experiment == experiment) & (table.prior == prior) & table.metric.str.startswith("plateaued/")]
+    return prior != results.BASELINE and bool((own.value != 1).any())
 
 
 HEADER = ("claim", "paper", "ours", "95 % interval", "verdict")
+ONE_VAE = "one VAE"
+ABOUT_ONE_VAE = (
+    f"Intervals marked ({ONE_VAE}) are of seeds that share a VAE, or of one seed: they hold for that VAE, and do not say "
+    "how much another one would differ.\n"
+)
+
+
+def _paper(claim: Claim) -> str:
+    return "" if claim.value is None else f"{claim.value:g}" + (" (unverified)" if claim.standing == "recalled" else "")
+
+
+def with_mark(interval: float, conditional: bool) -> str:
+    """A half-width to two digits, marked if it holds for one VAE alone."""
+    return f"± {interval:.2g}" + (f" ({ONE_VAE})" if conditional else "")
+
+
+def _ours(verdict: Verdict) -> tuple[str, str]:
+    """Our number, or the range of several; and its interval."""
+    signed = verdict.claim.kind in ("ordering", "no-worse")
+    values = [number.value for number in verdict.numbers]
+    shown = [f"{value:+.3g}" if signed else f"{value:.3f}" for value in sorted(values)]
+    if len(shown) != 1:
+        return " to ".join(shown[:1] + shown[-1:]), ""
+    (number,) = verdict.numbers
+    return shown[0], "" if number.interval is None else with_mark(number.interval, number.conditional)
+
+
+def _statement(verdict: Verdict) -> str:
+    """What is claimed, and what our numbers are."""
+    numbers = verdict.numbers
+    if len(numbers) > 1:
+        notes = [
+            f"{number.experiment} {number.value:.3g}"
+            + ("" if number.interval is None else f" {with_mark(number.interval, number.conditional)}")
+            + "".join(f", {said}" for said in (number.word, number.note) if said)
+            for number in numbers
+        ]
+    else:
+        notes = [number.note for number in numbers if number.note]
+    return f"{verdict.claim.statement} ({'; '.join(notes)})" if notes else verdict.claim.statement
 
 
 def _cells(verdict: Verdict) -> tuple[str, ...]:
-    claim = verdict.claim
-    paper = "" if claim.value is None else f"{claim.value:g}" + (" (unverified)" if claim.standing == "recalled" else "")
-    if verdict.ours is None:
-        return claim.statement, paper, "", "", verdict.verdict
-    word = verdict.verdict if claim.finding is None else f"{verdict.verdict}: {claim.finding}"
-    ours = f"{verdict.ours:+.3g}" if claim.kind in ("ordering", "no-worse") else f"{verdict.ours:.3f}"
-    interval = "" if verdict.interval is None else f"± {verdict.interval:.2g}"
-    return f"{claim.statement} ({verdict.note})", paper, ours, interval, word
+    return _statement(verdict), _paper(verdict.claim), *_ours(verdict), verdict.text
 
 
 def tested_first(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """The same verdicts, those of tested claims first."""
-    return sorted(verdicts, key=lambda verdict: verdict.ours is None)
+    """The same verdicts, those of tested claims first, and what is only context last."""
+    return sorted(verdicts, key=lambda verdict: (verdict.claim.kind == "context", not verdict.tested))
+
+
+def _table(header: Sequence[str], verdicts: Sequence[Verdict]) -> str:
+    rows = [
+        (f"{v.claim.paper}: {cells[0]}", *cells[1:-1], cells[-1].removeprefix("context: "))
+        for v in verdicts
+        for cells in [_cells(v)]
+    ]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *rows])
+    marked = any(number.conditional and number.interval is not None for v in verdicts for number in v.numbers)
+    return f"{table}\n{ABOUT_ONE_VAE}" if marked else table
 
 
 def markdown(verdicts: Sequence[Verdict]) -> str:
-    """The verdicts as a Markdown table, the tested claims first."""
-    rows = [(f"{v.claim.paper}: {cells[0]}", *cells[1:]) for v in tested_first(verdicts) for cells in [_cells(v)]]
-    lines = [HEADER, ("---",) * len(HEADER), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """The verdicts as a Markdown table, the tested claims first; what is only context is left out."""
+    return _table(HEADER, [verdict for verdict in tested_first(verdicts) if verdict.claim.kind != "context"])
+
+
+def document(verdicts: Sequence[Verdict]) -> str:
+    """claims.md: the verdicts, the margins they are judged by and why, and the numbers that are only context."""
+    parts = [
+        "# Claims\n",
+        "A claim is reproduced, or contradicted, if the whole 95 % interval of our number says so; otherwise it is "
+        "inconclusive. A prior that was still improving when its budget ended is not held against itself, nor counted as "
+        "beaten.\n",
+        markdown(verdicts),
+        "## Margins\n",
+        "".join(f"- {_margin(verdict.claim)}\n" for verdict in verdicts if verdict.claim.tested),
+    ]
+    context = [verdict for verdict in verdicts if verdict.claim.kind == "context"]
+    if context:
+        parts += ["## Context\n", "Shown beside the paper's numbers, and not judged.\n"]
+        parts += [_table((*HEADER[:-1], "why it is not judged"), context)]
+    return "\n".join(parts)
+
+
+def _margin(claim: Claim) -> str:
+    """How a claim is judged, why so, and since when."""
+    if claim.tolerance is not None:
+        how = f"margin {claim.tolerance.value:g}: {claim.tolerance.reason}"
+    elif claim.kind == "correlation":
+        how = f"p < {SIGNIFICANCE:g} over groups, the seeds of a VAE averaged"
+    else:
+        how = "margin 0: any difference counts that the interval leaves standing"
+    criterion = claim.criterion
+    since = "" if criterion is None or criterion.committed is None else f" Committed in {criterion.committed}."
+    after = (
+        "" if criterion is None or criterion.after_result is None else f" Newer than the result: {criterion.after_result}."
+    )
+    return f"`{claim.id}` ({claim.kind}): {how}.{since}{after}"
 
 
 def console(verdicts: Sequence[Verdict]) -> Any:
@@ -250,7 +562,7 @@ def console(verdicts: Sequence[Verdict]) -> Any:
 
     table = Table(*HEADER, title="The papers' claims", show_lines=False)
     for verdict in tested_first(verdicts):
-        style = "red" if verdict.failed else "green" if verdict.ours is not None else "dim"
+        style = "red" if verdict.failed else "green" if verdict.tested else "dim"
         first, *rest = _cells(verdict)
         table.add_row(f"{verdict.claim.paper}: {first}", *rest, style=style)
     return table

@@ -102,6 +102,8 @@ class Experiment(Options):
             raise ValueError(f"model.likelihood: {self.dataset} is not binary, so bernoulli does not fit; use normal")
         if points and self.evaluate.features is not None:
             raise ValueError(f"evaluate.features: {self.dataset} has no images to take features of; leave it out")
+        if self.train.spectral and not MODELS[self.model.name].convolutional:
+            raise ValueError(f"train.spectral: {self.model.name} has no convolutions to keep smooth; leave it out")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds must differ from each other")
         if BASELINE not in self.priors or self.priors[BASELINE].method != "normal":
@@ -110,9 +112,10 @@ class Experiment(Options):
             self._check_prior(name, prior)
         return self
 
-    def _chain(self, prior: Any) -> list[type[GroupPrior]]:
-        """The method of a prior, of the prior that it is put on, and so on."""
-        return [PRIORS[prior.method], *([] if prior.base is None else self._chain(self.priors[prior.base]))]
+    def chain(self, prior: str) -> list[str]:
+        """A prior, the prior that it is put on, and so on down to the model's own."""
+        base = self.priors[prior].base
+        return [prior, *([] if base is None else self.chain(base))]
 
     def _check_base(self, name: str, prior: Any) -> None:
         method = PRIORS[prior.method]
@@ -137,7 +140,7 @@ class Experiment(Options):
             if sampler not in self.samplers:
                 raise ValueError(f"priors.{name}.samplers: {sampler!r} is not among the experiment's samplers")
             exact, by = PRIORS[prior.method].exact, SAMPLERS[self.samplers[sampler].method](self.samplers[sampler])
-            why = by.refuses(exact, all(method.smooth for method in self._chain(prior)))
+            why = by.refuses(exact, all(PRIORS[self.priors[below].method].smooth for below in self.chain(name)))
             if exact and by.corrects:
                 why = f"{prior.method} has no ratio to correct its base by; draw it by ancestral"
             if why is not None:

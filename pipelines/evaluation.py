@@ -1,8 +1,8 @@
 """Everything that is measured of one seed of one experiment, as rows of the results table."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,23 +22,20 @@ from metrics.likelihood import (
 )
 from models.folding import folded
 from models.protocol import HierarchicalVAE, posterior_pass
-from pipelines.config import BASELINE, Experiment, plain
+from pipelines.config import BASELINE, plain
+from pipelines.fingerprints import AGGREGATE, DATA, fingerprint
 from pipelines.results import Row
 from pipelines.work import Seeded, under_floor
 from priors.protocol import Prior
-from priors.registry import PRIORS, SAMPLERS
+from priors.registry import SAMPLERS
 from runtime import hardware
-from runtime.blocks import in_blocks
+from runtime.blocks import in_blocks, mean_and_error_over_blocks
 from runtime.files import exclusive
 from runtime.identity import Identity, revision, source_digest
 from runtime.progress import Report
 from runtime.randomness import Noise
 
-AGGREGATE = "aggregate-posterior"
-"""Stands in the prior column for samples decoded from q(z): what a perfect prior would reach with this decoder."""
-
-DATA = "data"
-"""Stands in the prior column for the data themselves: the exact density, or real against real."""
+CURVE_POINTS = 25
 
 
 @dataclass(frozen=True)
@@ -66,119 +63,150 @@ class Evaluation:
         yield from self._yardsticks()
 
     def _row(self, prior: str, metric: str, value: float, stderr: float, n: int, **more: Any) -> Row:
-        at = self.at
+        at, sampler = self.at, more.get("sampler", "")
+        made_by = fingerprint(at.experiment, prior, sampler, metric, at.stored_sources(prior, sampler))
+        assert made_by is not None
         common: dict[str, Any] = {
             "experiment": at.name,
             "dataset": at.experiment.dataset,
             "model": f"{at.experiment.model.name}/{at.experiment.model.likelihood}",
             "sampler": "",
+            "samples": 0,
+            "normaliser": 0,
+            "proposals": 0,
+            "step": 0,
             "seed": at.seed,
+            "vae_seed": at.vae_seed,
             "seconds": 0.0,
             "device": hardware.device_name(),
+            "precision": "fp32",
             "features": "",
             "target": "",
             "revision": revision(),
+            "fingerprint": made_by,
         }
         return Row(prior=prior, metric=metric, value=value, stderr=stderr, n=n, **(common | more))
 
     def _training(self) -> Iterator[Row]:
         at = self.at
-        yield self._row(BASELINE, "train-seconds", at.vae_document["seconds"], 0.0, at.vae_document["step"])
+        precision = {"precision": at.vae_document.get("precision", "")}
+        yield self._row(BASELINE, "train-seconds", at.vae_document["seconds"], 0.0, at.vae_document["step"], **precision)
         for name in (name for name, options in at.experiment.priors.items() if options.method != "normal"):
             documents = [at.prior_document(name, k) for k in range(at.vae.groups)]
-            yield self._row(name, "train-seconds", sum(d["seconds"] for d in documents), 0.0, documents[0]["step"])
+            precision = {"precision": documents[0].get("precision", "")}
+            seconds, steps = (sum(document[key] for document in documents) for key in ("seconds", "step"))
+            yield self._row(name, "train-seconds", seconds, 0.0, steps // len(documents), **precision)
+            for k in range(at.vae.groups):
+                yield from self._training_of_group(name, k, precision)
 
-    def _measured(
-        self, name: str, seed: int, priors: dict[str, Prior], pools: dict[str, Pool], options: LikelihoodOptions, limit: int
-    ) -> dict[str, Tensor]:
-        """Per-example numbers of some priors, on ``limit`` test examples (:func:`spread`), kept on disk block by block.
+    def _training_of_group(self, name: str, k: int, precision: dict[str, str]) -> Iterator[Row]:
+        """The curve of a group's held-out criterion, and whether training ended since it had stopped improving.
 
-        They are log-likelihoods, NCE losses of the priors that have a normaliser, and the model's KL terms.
+        A prior without parameters of its own is as well trained as what it is put on.
         """
-        at = self.at
-        examples = spread(at.dataset.examples("test"), limit)
-
-        def compute(rows: range) -> dict[str, Tensor]:
-            x = examples[rows.start : rows.stop].to(hardware.device())
-            found = log_likelihoods(self._model, priors, pools, x, rows, seed, options)
-            for prior in pools:
-                losses = contrastive_losses(self._model, priors[prior], x, rows, seed)
-                found |= {f"{prior}/nce-loss/k{k:02d}": loss for k, loss in enumerate(losses)}
-            terms = divergences(self._model, x, rows, seed)
-            return found | {f"{BASELINE}/kl/k{k:02d}": term for k, term in enumerate(terms)}
-
-        digests = [at.prior_document(prior, k)["digest"] for prior in priors for k in range(at.vae.groups)]
-        config = {"vae digest": at.vae_document["digest"], "prior digests": digests, "likelihood": plain(options)}
-        methods = (PRIORS[at.experiment.priors[prior].method].__module__ for prior in priors)
-        source = source_digest("metrics.likelihood", *methods)
-        identity = Identity(at.name, seed, config | {"examples": len(examples)}, source)
-        path = at.workspace.evaluation(at.name) / f"{name}-{len(examples)}-seed-{seed}.safetensors"
-        return in_blocks(path, identity, len(examples), at.experiment.evaluate.batch, compute, self.report)
+        documents = [self.at.prior_document(below, k) for below in self.at.chain(name)]
+        for step, loss, _ in _thinned(documents[0].get("held_out", [])):
+            yield self._row(name, f"held-out/k{k:02d}", loss, 0.0, 1, step=int(step), **precision)
+        trained = [document for document in documents if document.get("held_out")]
+        if trained:
+            plateaued = all(document.get("ended") == "plateau" for document in trained)
+            yield self._row(name, f"plateaued/k{k:02d}", float(plateaued), 0.0, 1, **precision)
+            kept = trained[0].get("kept", trained[0]["step"])
+            yield self._row(name, f"kept-step/k{k:02d}", kept, 0.0, 1, **precision)
 
     @property
     def _limit(self) -> int:
         """How many test examples likelihoods are measured on."""
         limits = (self.examples, self.at.experiment.evaluate.examples, len(self.at.dataset.examples("test")))
-        return min(one for one in limits if one is not None)
-
-    def base(self) -> tuple[dict[str, Tensor], LikelihoodOptions]:
-        """The model's own prior, in full, and how it was measured: the same for every seed that shares the VAE."""
-        alone = {"gains": None, "normaliser": [1], "proposals": [1]}
-        options = self.at.experiment.evaluate.likelihood.model_copy(update=alone)
-        priors = {BASELINE: self.at.prior(BASELINE, self._model)}
-        return self._measured("base", self.at.vae_seed, priors, {}, options, self._limit), options
+        return min(limit for limit in limits if limit is not None)
 
     def _likelihoods(self) -> Iterator[Row]:
-        at, options, limit = self.at, self.at.experiment.evaluate.likelihood, self._limit
+        at, options = self.at, self.at.experiment.evaluate.likelihood
         priors = {name: at.prior(name, self._model) for name in at.experiment.priors}
-        if options.gains is not None:
-            found, alone = self.base()
-            yield from self._likelihood_rows(found, {}, alone)
-            limit = min(limit, options.gains.examples)
-            options = options.model_copy(update={"samples": options.gains.samples})
         pools = {
             name: fill_pool(self._model, prior, at.seed, options.pool, self.report)
             for name, prior in priors.items()
             if not prior.exact
         }
-        found = self._measured("likelihood", at.seed, priors, pools, options, limit)
-        for row in self._likelihood_rows(found, pools, options):
-            if row.prior != BASELINE or options.gains is None:
-                yield row
+        found = self._measured(priors, pools, options)
+        truth = spec(at.experiment.dataset).truth
+        density = None if truth is None else truth.log_density(self._examples.double())
+        for key, values in found.items():
+            if key not in ("seconds", "block"):
+                yield from self._likelihood_rows(key, values, found, pools, density)
+
+    @cached_property
+    def _examples(self) -> Tensor:
+        """The test examples that likelihoods are measured on."""
+        return spread(self.at.dataset.examples("test"), self._limit)
+
+    def _measured(self, priors: dict[str, Prior], pools: dict[str, Pool], options: LikelihoodOptions) -> dict[str, Tensor]:
+        """Per-example numbers of all priors on the same test examples (:func:`spread`), kept on disk block by block.
+
+        They are log-likelihoods, NCE losses of the priors that have a normaliser, and the model's KL terms.
+        """
+        at, examples = self.at, self._examples
+
+        def compute(rows: range) -> dict[str, Tensor]:
+            x = examples[rows.start : rows.stop].to(hardware.device())
+            found = log_likelihoods(self._model, priors, pools, x, rows, at.seed, options)
+            for prior in pools:
+                losses = contrastive_losses(self._model, priors[prior], x, rows, at.seed)
+                found |= {f"{prior}/nce-loss/k{k:02d}": loss for k, loss in enumerate(losses)}
+            terms = divergences(self._model, x, rows, at.seed)
+            return found | {f"{BASELINE}/kl/k{k:02d}": term for k, term in enumerate(terms)}
+
+        config = {
+            "vae digest": at.vae_document["digest"],
+            "prior digests": {name: at.chain_digests(name) for name in priors},
+            "likelihood": plain(options),
+            "examples": len(examples),
+        }
+        modules = {module for name in priors for module in at.chain_modules(name)}
+        identity = Identity(at.name, at.seed, config, source_digest("metrics.likelihood", *sorted(modules)))
+        path = at.workspace.evaluation(at.name) / f"likelihood-{len(examples)}-seed-{at.seed}.safetensors"
+        return in_blocks(path, identity, len(examples), at.experiment.evaluate.batch, compute, self.report)
 
     def _likelihood_rows(
-        self, found: dict[str, Tensor], pools: dict[str, Pool], options: LikelihoodOptions
+        self, key: str, values: Tensor, found: dict[str, Tensor], pools: dict[str, Pool], density: Tensor | None
     ) -> Iterator[Row]:
-        how = f"{options.samples} importance samples"
-        samplers = sir_of_size(self.at.experiment)
-        for key, values in found.items():
-            prior, _, what = key.partition("/")
-            if prior == "seconds":
-                continue
-            kind, _, detail = what.partition("/")
-            value, stderr, n = mean_and_error(values)
-            if kind in ("nce-loss", "kl", "elbo-gain"):
-                shared = pools[prior].error(max(options.proposals)) if what == "elbo-gain/k00" else 0.0
-                yield self._row(prior, what, value, math.hypot(stderr, shared), n)
-                continue
-            if kind == "log-z":
-                group, _, count = detail.partition("/")
-                for suffix in _suffixes(int(count), options):
-                    yield self._row(prior, f"log-z/{group}{suffix}", value, stderr, n)
-                continue
-            gain, gain_error, _ = mean_and_error(values.double() - found[BASELINE].double())
-            if kind == "":
-                yield self._row(prior, "loglik", value, stderr, n, features=how)
-                if prior != BASELINE:
-                    yield self._row(prior, "loglik-gain", gain, gain_error, n, features=how)
-                continue
+        """The rows of one of the measured numbers; ``density`` is the truth's log density of the same examples.
+
+        Curves over S are of the largest N and M, those over N and M of the largest S.
+        """
+        options = self.at.experiment.evaluate.likelihood
+        prior, _, what = key.partition("/")
+        kind, *details = what.split("/")
+        value, stderr, n = mean_and_error(values)
+        if kind in ("nce-loss", "kl", "elbo-gain"):
+            shared = pools[prior].error(max(options.proposals)) if what == "elbo-gain/k00" else 0.0
+            counts = {"proposals": max(options.proposals)} if kind == "elbo-gain" else {}
+            yield self._row(prior, what, value, math.hypot(stderr, shared), n, **counts)
+        elif kind == "log-z":
+            yield self._row(prior, f"log-z/{details[0]}", value, stderr, n, normaliser=int(details[1]))
+        else:
+            count, size = (int(details[0]), int(details[1])) if details else (0, int(kind))
+            suffix = "" if kind.isdigit() else f"-{kind}"
+            counts = {{"plugin": "normaliser", "sampler": "proposals"}[kind]: count} if suffix else {}
+            most = {"plugin": max(options.normaliser), "sampler": max(options.proposals)}.get(kind, count)
+            if count != most and size != max(options.samples):
+                return
             # The pool of base samples is shared by all examples, so its error does not average out over them.
-            shared = pools[prior].error(int(detail))
-            total, gain_total = (math.hypot(error, shared) for error in (stderr, gain_error))
-            sampler = samplers.get(int(detail), f"sir-{detail}") if kind == "sampler" else ""
-            for suffix in _suffixes(int(detail), options) if kind == "plugin" else [""]:
-                yield self._row(prior, f"loglik-{kind}{suffix}", value, total, n, sampler=sampler, features=how)
-                yield self._row(prior, f"loglik-gain-{kind}{suffix}", gain, gain_total, n, sampler=sampler, features=how)
+            shared = pools[prior].error(count) if count else 0.0
+            how: dict[str, Any] = {"samples": size, "features": self._normalised_on(kind, size)} | counts
+            yield self._row(prior, f"loglik{suffix}", value, math.hypot(stderr, shared), n, **how)
+            if prior != BASELINE:
+                gain, error, _ = mean_and_error(values.double() - found[f"{BASELINE}/{size}"].double())
+                yield self._row(prior, f"loglik-gain{suffix}", gain, math.hypot(error, shared), n, **how)
+            if density is not None and kind != "plugin":
+                gap, error, _ = mean_and_error(density - values.double())
+                yield self._row(prior, f"truth-gap{suffix}", gap, math.hypot(error, shared), n, **how)
+
+    def _normalised_on(self, kind: str, size: int) -> str:
+        """For how many of S samples a corrected prior's normalisers were estimated, where it is not all of them."""
+        resamples = self.at.experiment.evaluate.likelihood.resamples
+        few = kind in ("plugin", "sampler") and self.at.vae.groups > 1 and size > resamples
+        return f"normalisers of {resamples} resampled" if few else ""
 
     @cached_property
     def _posterior_pass(self) -> tuple[list[Tensor], Tensor]:
@@ -201,33 +229,38 @@ class Evaluation:
     def _samples(self, prior: str, sampler: str) -> Iterator[Row]:
         at = self.at
         drawn = at.samples(prior, sampler)
-        by = SAMPLERS[at.experiment.samplers[sampler].method](at.experiment.samplers[sampler])
+        options = at.experiment.samplers[sampler]
         n, seconds = len(drawn["x"]), drawn["seconds"]
+        common = {
+            "sampler": sampler,
+            "proposals": getattr(options, "proposals", 0),
+            "seconds": seconds.sum().item(),
+            "precision": at.samples_document(prior, sampler)["precision"],
+        }
 
         def row(metric: str, value: float, stderr: float, **more: Any) -> Row:
-            return self._row(prior, metric, value, stderr, n, sampler=sampler, seconds=seconds.sum().item(), **more)
+            return self._row(prior, metric, value, stderr, n, **common, **more)
 
-        yield row("seconds-per-image", *mean_and_error(seconds)[:2])
+        yield row("seconds-per-image", *mean_and_error_over_blocks(seconds, drawn["block"])[:2])
         proposals = torch.stack([drawn[f"proposals/k{k:02d}"] for k in range(at.vae.groups)]).sum(0)
         yield row("proposals-per-image", *mean_and_error(proposals)[:2])
         for group, share in under_floor(drawn).items():
             yield row(f"ess-floor-share/{group}", share, (share * (1 - share) / n) ** 0.5)
         for k in range(at.vae.groups):
             yield row(f"ess-fraction/k{k:02d}", *mean_and_error(drawn[f"ess/k{k:02d}"])[:2])
-            if by.accepts:
+            if SAMPLERS[options.method](options).accepts:
                 yield row(f"acceptance/k{k:02d}", *mean_and_error(drawn[f"acceptance/k{k:02d}"])[:2])
             distance = mmd.mmd(self._posterior_pass[0][k], drawn[f"z/k{k:02d}"])
             yield row(f"mmd2/k{k:02d}", distance.value, distance.stderr, features=_bandwidths(distance.bandwidths))
-        for quality in self._quality(prior, drawn["x"]):
-            yield replace(quality, sampler=sampler)
+        yield from self._quality(prior, drawn["x"], **common)
 
-    def _quality(self, prior: str, x: Tensor) -> Iterator[Row]:
+    def _quality(self, prior: str, x: Tensor, **common: Any) -> Iterator[Row]:
         """How good decoded samples are: off the modes where the modes are known, FID and KID where there is a network."""
         at = self.at
         if truth := spec(at.experiment.dataset).truth:
             share, stderr = modes.off_mode_share(x, truth.means, truth.sigma)
-            yield self._row(prior, "off-mode-share", share, stderr, len(x))
-            yield self._row(prior, "modes-hit", modes.modes_hit(x, truth.means, truth.sigma), 0.0, len(x))
+            yield self._row(prior, "off-mode-share", share, stderr, len(x), **common)
+            yield self._row(prior, "modes-hit", modes.modes_hit(x, truth.means, truth.sigma), 0.0, len(x), **common)
         if at.experiment.evaluate.features is not None:
             network, reference = self._network, self._reference
             settings = at.experiment.sample
@@ -236,15 +269,15 @@ class Evaluation:
             ours = network(x)
             for metric, measure in (("fid", frechet.fid), ("kid", kid.kid)):
                 value, stderr = measure(ours, reference, at.seed)
-                yield self._row(prior, f"{metric}-{network.name}-{len(x)}", value, stderr, len(x), features=name)
+                found = f"{metric}-{network.name}-{len(x)}"
+                yield self._row(prior, found, value, stderr, len(x), features=name, **common)
 
     def _yardsticks(self) -> Iterator[Row]:
         """What the numbers are to be read against: the data's own, and the aggregate posterior's."""
         at = self.at
         yield from self._quality(AGGREGATE, self._posterior_pass[1])
         if truth := spec(at.experiment.dataset).truth:
-            density = truth.log_density(spread(at.dataset.examples("test"), self._limit).double())
-            yield self._row(DATA, "loglik", *mean_and_error(density))
+            yield self._row(DATA, "loglik", *mean_and_error(truth.log_density(self._examples.double())))
             yield from self._quality(DATA, at.dataset.examples("test"))
         if at.experiment.evaluate.features is not None:
             yield from self._quality(DATA, at.dataset.images("test"))
@@ -258,15 +291,6 @@ class Evaluation:
         return self._network(self.at.dataset.images("train"))
 
 
-def sir_of_size(experiment: Experiment) -> dict[int, str]:
-    """Names of the SIR samplers that always draw M proposals, by M."""
-    return {
-        options.proposals: name
-        for name, options in experiment.samplers.items()
-        if options.method == "sir" and options.until_ess is None
-    }
-
-
 def spread(examples: Tensor, count: int) -> Tensor:
     """``count`` examples, or all if there are fewer, evenly spread over the set (n, *shape).
 
@@ -276,9 +300,10 @@ def spread(examples: Tensor, count: int) -> Tensor:
     return examples[torch.arange(count) * len(examples) // count]
 
 
-def _suffixes(count: int, options: LikelihoodOptions) -> list[str]:
-    """Of the metrics that are read off at several N: the largest stands under the plain name too."""
-    return [f"/N{count}", ""] if count == max(options.normaliser) else [f"/N{count}"]
+def _thinned(curve: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+    """At most CURVE_POINTS of a curve's points, evenly spread, the last one among them."""
+    every = -(-len(curve) // CURVE_POINTS) if curve else 1
+    return list(curve[::-1][::every][::-1])
 
 
 def _bandwidths(values: list[float]) -> str:
@@ -303,12 +328,6 @@ def features_task(report: Report, at: Seeded) -> None:
     """Make the feature network once, before the seeds share it."""
     with exclusive(at.workspace.locks, f"{at.name}/features"):
         load_features(at, report)
-
-
-def base_task(report: Report, at: Seeded, examples: int | None) -> None:
-    """Measure the base alone, before the seeds that share it read it."""
-    with exclusive(at.workspace.locks, f"{at.name}/base-{at.vae_seed}"):
-        Evaluation(at, report, examples).base()
 
 
 def evaluation_task(report: Report, at: Seeded, examples: int | None) -> list[Row]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import hardware, progress
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 from runtime.identity import ROOT
 
 POLL_SECONDS = 0.5
@@ -121,8 +121,9 @@ def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[A
             runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(machine.threads)}},
         )
     except (ConnectionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); start one or unset it") from error
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({first_line(error)}); start one or unset it"
+        ) from error
     try:
         present = ray.cluster_resources().get("GPU", 0)
         if machine.gpus > present:  # Ray itself would wait for ever

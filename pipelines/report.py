@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -17,8 +16,9 @@ from runtime.files import write_text
 MARKS = re.compile(r"(<!-- results -->\n).*(<!-- /results -->)", re.DOTALL)
 
 SHOWN = (
-    r"loglik(-plugin|-sampler)?|loglik-gain(-plugin|-sampler)?|off-mode-share|modes-hit|fid-.*|kid-.*|mmd2/k00|"
-    r"ess-fraction/k00|ess-floor-share/k00|nce-loss/.*|log-z/k\d\d|acceptance/k00|seconds-per-image|proposals-per-image|train-seconds"
+    r"loglik(-plugin|-sampler)?|loglik-gain(-plugin|-sampler)?|truth-gap(-sampler)?|off-mode-share|modes-hit|fid-.*|kid-.*|"
+    r"mmd2/k00|ess-fraction/k00|ess-floor-share/k00|nce-loss/.*|log-z/k\d\d|acceptance/k00|seconds-per-image|"
+    r"proposals-per-image|train-seconds"
 )
 
 
@@ -31,7 +31,7 @@ def gather(workspace: Workspace, config: Config, judged: Sequence[claims.Claim])
             tables.append(results.read(path, f"priorhole evaluate {name}"))
     fresh = {name for table in tables for name in table.experiment}
     if workspace.results.exists():
-        kept = results.read(workspace.results, "priorhole report")
+        kept = results.read(workspace.results, f"rm {workspace.results}; priorhole report")
         tables.append(kept[~kept.experiment.isin(fresh) & kept.experiment.isin(list(config.experiments))])
     table = pd.concat(tables, ignore_index=True) if tables else results.frame([])
     return table.assign(target=_targets(table, judged))
@@ -51,30 +51,76 @@ def _targets(table: pd.DataFrame, judged: Sequence[claims.Claim]) -> pd.Series:
 def tables(frame: pd.DataFrame) -> Iterator[str]:
     """Markdown: per experiment, every metric of every prior and sampler, mean over seeds and 95 % interval."""
     for (experiment, dataset, model), own in frame.groupby(["experiment", "dataset", "model"]):
-        seeds = own.seeds.max()
-        yield f"## {experiment}\n\nData set {dataset}, model {model} (decoder after the slash), {seeds} seeds.\n"
+        yield f"## {experiment}\n\nData set {dataset}, model {model} (decoder after the slash), {_seeds(own)}.\n"
         truth = spec(str(dataset)).truth
         if truth is not None:
             yield f"The truth's own expected log-likelihood, which no model exceeds, is {truth.ceiling:.3f} nats.\n"
-        for prior, difference in _optimism(own):
-            yield f"{prior}: the plug-in exceeds the sampler bound by {difference:.4f} nats at the largest N and M.\n"
+        for sentence in (*_optimism(own), *_unfinished(own)):
+            yield f"{sentence}\n"
+        if own.conditional.any():
+            yield claims.ABOUT_ONE_VAE
         yield from _methods(own)
-        shown = own[own.metric.str.fullmatch(SHOWN)]
-        yield "| metric | prior | sampler | mean | 95 % interval | unit | n |\n| --- | --- | --- | --- | --- | --- | --- |"
-        for row in shown.sort_values(["metric", "prior", "sampler"]).itertuples():
-            cells = (row.metric, row.prior, row.sampler, f"{row.value:.4g}", f"± {row.interval:.2g}", _unit(row), row.n)
+        yield from _over_samples(own)
+        shown = results.headline(own[own.metric.str.fullmatch(SHOWN)])
+        yield "| metric | prior | sampler | S | N | M | mean | 95 % interval | unit | n |\n|" + " --- |" * 10
+        for row in shown.sort_values(["metric", "prior", "sampler", "proposals"]).to_dict("records"):
+            names = [row[name] or "" for name in ("metric", "prior", "sampler", *results.SIZES)]
+            interval = claims.with_mark(row["interval"], row["conditional"])
+            cells = (*names, f"{row['value']:.4g}", interval, results.metric(row["metric"]).unit, row["n"])
             yield f"| {' | '.join(map(str, cells))} |"
         yield ""
 
 
-def _optimism(frame: pd.DataFrame) -> Iterator[tuple[str, float]]:
+def _seeds(frame: pd.DataFrame) -> str:
+    """How many seeds there are, and of how many VAEs."""
+    measured = frame[frame.prior != results.DATA]
+    seeds, vaes = measured.seeds.max(), measured.vaes.max()
+    if seeds == vaes:
+        return f"{seeds} seeds, each with its own VAE" if seeds > 1 else "one seed"
+    return f"{seeds} seeds on {vaes} VAE{'s' if vaes > 1 else ''}"
+
+
+def _optimism(frame: pd.DataFrame) -> Iterator[str]:
     """Plug-in minus sampler bound of every corrected prior, at the largest N and M: what is left of the two's distance."""
-    bounds = frame[frame.metric == "loglik-sampler"].assign(
-        m=lambda rows: rows.sampler.str.extract(r"(\d+)$")[0].astype(int)
-    )
-    for prior, own in bounds.groupby("prior"):
-        plugin = frame[(frame.metric == "loglik-plugin") & (frame.prior == prior)].value.item()
-        yield str(prior), plugin - own.sort_values("m").value.iloc[-1]
+    largest = results.headline(frame, largest_proposals=True)
+    plugins = largest[largest.metric == "loglik-plugin"].set_index("prior")
+    for bound in largest[largest.metric == "loglik-sampler"].to_dict("records"):
+        if bound["prior"] in plugins.index:
+            plugin = plugins.loc[bound["prior"]]
+            yield (
+                f"{bound['prior']}: the plug-in with N = {plugin.normaliser} exceeds the sampler bound with "
+                f"M = {bound['proposals']} by {plugin.value - bound['value']:.4f} nats."
+            )
+
+
+def _unfinished(frame: pd.DataFrame) -> Iterator[str]:
+    """Which priors' training was ended by its budget."""
+    ended = frame[frame.metric.str.startswith("plateaued/") & (frame.value != 1)]
+    groups = ended.assign(group=ended.metric.str.removeprefix("plateaued/")).groupby("prior").group.agg(", ".join)
+    if len(groups):
+        named = "; ".join(f"{prior} ({names})" for prior, names in groups.items())
+        yield f"Still improving when the budget of their training ended, in one seed at least: {named}."
+
+
+def _over_samples(frame: pd.DataFrame) -> Iterator[str]:
+    """Markdown: every prior's gain by the number of importance samples, at the largest M that all of them have."""
+    gains = results.gains_over_samples(frame)
+    if gains.empty:
+        return
+    counts = sorted(gains.samples.unique())
+    yield "Gain over the base in nats, by the number S of importance samples an example:\n"
+    yield f"| prior | M | {' | '.join(map(str, counts))} |"
+    yield "|" + " --- |" * (len(counts) + 2)
+    for (prior, proposals), own in gains.groupby(["prior", "proposals"]):
+        found = own.set_index("samples")
+        cells = [
+            _with_interval(found.value[count], found.interval[count], found.conditional[count])
+            if count in found.index
+            else ""
+            for count in counts
+        ]
+        yield f"| {prior} | {proposals or ''} | {' | '.join(cells)} |"
+    yield ""
 
 
 def _methods(frame: pd.DataFrame) -> Iterator[str]:
@@ -84,29 +130,37 @@ def _methods(frame: pd.DataFrame) -> Iterator[str]:
         return
     likelihoods = ["loglik", "loglik-plugin", "loglik-sampler", "loglik-gain"]
     shown = [*likelihoods, *table.attrs["qualities"], "seconds-per-image", "proposals-per-image", "train-seconds"]
-    yield f"| prior | sampler | {' | '.join(shown)} | ess-fraction | mmd2 |\n| --- | --- |{' --- |' * (len(shown) + 2)}"
+    yield f"| prior | sampler | M | {' | '.join(shown)} | ess-fraction | mmd2 |\n|{' --- |' * (len(shown) + 5)}"
+    marked = {*likelihoods, *table.attrs["qualities"]}
     for row in table.to_dict("records"):
-        cells = ["" if math.isnan(row[name]) else _with_interval(row[name], row[f"{name} interval"]) for name in shown]
+        cells = [
+            ""
+            if math.isnan(row[name])
+            else _with_interval(row[name], row[f"{name} interval"], row[f"{name} conditional"] and name in marked)
+            for name in shown
+        ]
         cells += [f"{row[name]:.3g}" for name in ("ess-fraction", "mmd2")]
-        yield f"| {row['prior']} | {row['sampler']} | {' | '.join(cells)} |"
-    yield "\nESS as a fraction, and squared MMD, are means over the groups; log-likelihoods are in nats, times in seconds.\n"
-    found = frame[frame.metric.isin(["loglik", "loglik-plugin"]) & (frame.features != "")]
-    measured = found.groupby(["features", "n"]).prior
-    if len(measured) > 1:
-        ways = [f"{', '.join(priors.unique())} with {how} on {n} examples" for (how, n), priors in measured]
+        yield f"| {row['prior']} | {row['sampler']} | {row['proposals'] or ''} | {' | '.join(cells)} |"
+    yield (
+        "\nM is the number of SIR's proposals, of what is drawn and of the bound. ESS as a fraction, and squared MMD, are "
+        "means over the groups; log-likelihoods are in nats, times in seconds.\n"
+    )
+    found = results.headline(frame[frame.metric.isin(["loglik", "loglik-plugin"]) & (frame.samples > 0)])
+    measured = found.groupby(["samples", "n"]).prior
+    ways = [f"{', '.join(priors.unique())} with S = {samples} on {n} examples" for (samples, n), priors in measured]
+    if len(ways) > 1:
         yield f"Log-likelihoods were measured of {'; of '.join(ways)}: compare those by their gains, which are paired.\n"
+    elif ways:
+        samples, n = found[["samples", "n"]].iloc[0]
+        yield f"Log-likelihoods were measured with S = {samples} importance samples on {n} examples.\n"
 
 
-def _with_interval(value: float, interval: float) -> str:
+def _with_interval(value: float, interval: float, conditional: bool) -> str:
     """To the interval's first two digits, or to three of a value without one."""
     if not interval > 0:
         return f"{value:.3g}"
     places = max(0, 1 - math.floor(math.log10(interval)))
-    return f"{value:.{places}f} ± {interval:.2g}"
-
-
-def _unit(row: Any) -> str:
-    return results.metric(row.metric).unit
+    return f"{value:.{places}f} {claims.with_mark(interval, conditional)}"
 
 
 def write(workspace: Workspace, table: pd.DataFrame, verdicts: Sequence[claims.Verdict]) -> list[Path]:
@@ -118,11 +172,11 @@ def write(workspace: Workspace, table: pd.DataFrame, verdicts: Sequence[claims.V
     text = "# Results\n\n" + "\n".join(tables(frame)) + "\n" + glossary
     written = {
         workspace.reports / "results.md": text,
-        workspace.reports / "claims.md": "# Claims\n\n" + claims.markdown(verdicts),
+        workspace.reports / "claims.md": claims.document(verdicts),
     }
     readme = workspace.root / "README.md"
     if readme.exists():
-        excerpt = claims.markdown([verdict for verdict in verdicts if verdict.ours is not None])
+        excerpt = claims.markdown([verdict for verdict in verdicts if verdict.tested])
         written[readme] = MARKS.sub(lambda found: f"{found[1]}{excerpt}{found[2]}", readme.read_text(encoding="utf-8"))
     for path, content in written.items():
         write_text(path, content)

@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -27,22 +27,28 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    r"loglik": Metric("nats", "higher", "log-likelihood under a prior with an exact density (importance-weighted bound)"),
-    r"loglik-plugin(/N\d+)?": Metric(
-        "nats", "higher", "log-likelihood with log Ẑ from N base samples plugged in; optimistic"
+    r"loglik": Metric(
+        "nats", "higher", "log-likelihood under a prior with an exact density (bound by S importance samples)"
     ),
+    r"loglik-plugin": Metric("nats", "higher", "log-likelihood with log Ẑ from N base samples plugged in; optimistic"),
     r"loglik-sampler": Metric("nats", "higher", "lower bound for the distribution that SIR with M proposals draws from"),
-    r"loglik-gain(-sampler|-plugin(/N\d+)?)?": Metric("nats", "higher", "paired gain in log-likelihood over the base prior"),
+    r"loglik-gain(-sampler|-plugin)?": Metric("nats", "higher", "paired gain in log-likelihood over the base prior"),
+    r"truth-gap": Metric(
+        "nats", "lower", "how far an exact prior's likelihood lies below the truth's own density of the same examples"
+    ),
+    r"truth-gap-sampler": Metric("nats", "lower", "the same, under the bound for SIR with M proposals"),
     r"kl/k\d\d": Metric("nats", "", "KL(q || p) of a group under the model's own prior, test examples"),
     r"elbo-gain/k\d\d": Metric("nats", "higher", "what a group's correction adds to the ELBO, SIR with the most proposals"),
-    r"bits-per-dim": Metric("bits/dim", "lower", "negative log-likelihood per dimension"),
     r"ess-fraction/k\d\d": Metric("", "higher", "effective sample size over M, or over a chain's states", drawn=True),
     r"ess-floor-share/k\d\d": Metric("", "lower", "share of images with an effective sample size under 10", drawn=True),
     r"acceptance/k\d\d": Metric("", "", "share of Langevin steps that the Metropolis correction accepts", drawn=True),
     r"nce-loss/k\d\d": Metric("nats", "", "classifier's loss on test examples; 2 ln 2 = 1.386 at chance"),
-    r"log-z/k\d\d(/N\d+)?": Metric(
-        "nats", "", "log Ẑ from N base samples, the largest N if unnamed; 0 for an optimal classifier"
+    r"log-z/k\d\d": Metric("nats", "", "log Ẑ from N base samples; 0 for an optimal classifier"),
+    r"held-out/k\d\d": Metric("nats", "lower", "a prior's criterion on held-out training examples, by training step"),
+    r"plateaued/k\d\d": Metric(
+        "", "", "1 if training ended since the held-out criterion had stopped improving, 0 if it ran out"
     ),
+    r"kept-step/k\d\d": Metric("", "", "training step of the state that was kept"),
     r"mmd2/k\d\d": Metric("", "lower", "squared MMD of the prior's latents to the aggregate posterior of test examples"),
     r"off-mode-share": Metric("", "lower", "share of samples farther than 4σ from every mode", drawn=True),
     r"modes-hit": Metric("", "higher", "modes with a sample within 4σ", drawn=True),
@@ -66,19 +72,32 @@ def metric(name: str) -> Metric:
     raise UserError(f"{name!r} is not a metric of the results table; see METRICS in pipelines/results.py")
 
 
+BASELINE = "normal"
+"""Name of the prior that every gain is measured over: the VAE's own, which no second stage trains."""
+
+DATA = "data"
+"""Stands in the prior column for the data themselves: the exact density, or real against real. No VAE is involved."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One measured number, of one seed.
 
     Attributes:
         experiment, dataset, model, prior, sampler: what was measured; ``model`` names the decoder's likelihood too, and
-            ``sampler`` is empty where none is involved.
+            ``sampler`` is empty where none is involved. The bound of SIR with M proposals belongs to no sampler's name.
         metric: a name of METRICS.
+        samples: S, importance samples an example of a likelihood; 0 where none are.
+        normaliser: N, base samples a context of a plug-in or of log Ẑ; 0 where there is none.
+        proposals: M of SIR, of a likelihood bound or of what a sampler drew; 0 where no proposals are.
+        step: training step of a held-out criterion; 0 elsewhere.
         value, stderr, n: the number, its standard error, and how many examples or samples it was computed on.
-        seed, seconds, device: of the run.
-        features: feature network and decoding of FID and KID, bandwidths of MMD, importance samples of likelihoods.
+        seed, vae_seed: of what was measured, and of the VAE, which several seeds can share.
+        seconds, device, precision: of the run.
+        features: feature network and decoding of FID and KID, bandwidths of MMD.
         target: ids of the claims that the number is held against.
         revision: of the code.
+        fingerprint: digests of the configuration and of the code that made it, joined by ``+``.
     """
 
     experiment: str
@@ -87,28 +106,51 @@ class Row:
     prior: str
     sampler: str
     metric: str
+    samples: int
+    normaliser: int
+    proposals: int
+    step: int
     value: float
     stderr: float
     n: int
     seed: int
+    vae_seed: int
     seconds: float
     device: str
+    precision: str
     features: str
     target: str
     revision: str
+    fingerprint: str
 
     def __post_init__(self) -> None:
         metric(self.metric)
 
 
 COLUMNS = [column.name for column in fields(Row)]
-KEYS = ["experiment", "dataset", "model", "prior", "sampler", "metric"]
+NAMES = ["experiment", "dataset", "model", "prior", "sampler", "metric"]
+SIZES = ["samples", "normaliser", "proposals"]
+KEYS = [*NAMES, *SIZES, "step"]
+"""What tells one number from another; what agrees in them differs by seed alone."""
+
 TYPES = {column.name: column.type for column in fields(Row)}
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
     """Rows as a table."""
     return pd.DataFrame([asdict(row) for row in rows], columns=COLUMNS)
+
+
+def headline(table: pd.DataFrame, largest_proposals: bool = False) -> pd.DataFrame:
+    """The rows to show where a single number is shown: of every metric of a prior those with the largest S, then N.
+
+    Args:
+        table: rows of this table or of :func:`over_seeds`.
+        largest_proposals: also those with the largest M alone, in place of every M.
+    """
+    for size in SIZES if largest_proposals else SIZES[:2]:
+        table = table[table[size] == table.groupby(NAMES)[size].transform("max")]
+    return table
 
 
 def write(path: Path, table: pd.DataFrame) -> None:
@@ -133,31 +175,83 @@ def read(path: Path, made_by: str) -> pd.DataFrame:
     return table
 
 
+def gains_over_samples(frame: pd.DataFrame) -> pd.DataFrame:
+    """Gains over the base by the number S of importance samples.
+
+    Args:
+        frame: rows of :func:`over_seeds`, of one experiment.
+
+    Returns:
+        Of every prior that is measured with several S, a row for each of them: the gain of an exact prior, or that under the
+        sampler bound with the largest M that all its S have. Plug-ins are left out.
+    """
+    gains = frame[frame.metric.isin(["loglik-gain", "loglik-gain-sampler"])]
+    counts = gains.groupby("prior").samples.transform("nunique")
+    gains = gains[counts > 1]
+    common = gains.groupby(["prior", "proposals"]).samples.transform("nunique") == counts[gains.index]
+    shared = gains[common]
+    return shared[shared.proposals == shared.groupby("prior").proposals.transform("max")].sort_values(["prior", "samples"])
+
+
+def stale_rows(table: pd.DataFrame, expected: Callable[[str, str, str, str], str | None]) -> pd.Series:
+    """What has changed since each row was measured.
+
+    Args:
+        table: rows of this table.
+        expected: the fingerprint that a row of (experiment, prior, sampler, metric) would get now; None if the experiment,
+            the prior or the sampler no longer exists.
+
+    Returns:
+        For each row ``configuration`` if it was measured under another one, otherwise ``code`` if by other code, otherwise
+        an empty text.
+    """
+    named = ["experiment", "prior", "sampler", "metric"]
+    now = {key: expected(*key) for key in table[named].drop_duplicates().itertuples(index=False, name=None)}
+    keys = table[named].itertuples(index=False, name=None)
+    found = [_stale(fingerprint, now[key]) for key, fingerprint in zip(keys, table.fingerprint, strict=True)]
+    return pd.Series(found, index=table.index, dtype=str)
+
+
+def _stale(fingerprint: str, expected: str | None) -> str:
+    if fingerprint == expected:
+        return ""
+    if expected is None or fingerprint.partition("+")[0] != expected.partition("+")[0]:
+        return "configuration"
+    return "code"
+
+
 def methods(frame: pd.DataFrame) -> pd.DataFrame:
     """Every prior by every sampler, of one experiment: what it costs and how good it is.
 
     Args:
-        frame: rows of :func:`over_seeds`.
+        frame: rows of :func:`over_seeds`. Likelihoods are those of :func:`headline`; a sampler that draws M proposals gets
+            the bound of SIR with M, whatever the sampler's name.
 
     Returns:
-        One row per prior and sampler, cheapest first, with columns ``loglik`` (of an exact prior), ``loglik-plugin`` and
-        ``loglik-sampler`` (of a corrected one), ``loglik-gain`` (of an exact prior, or under the sampler bound),
-        ``train-seconds``, ``seconds-per-image``, ``proposals-per-image`` and each metric of image quality, another for the
-        ``interval`` of each, and the means over groups of ``ess-fraction`` and ``mmd2``; NaN where there is no such number.
-        ``attrs["qualities"]`` names the metrics of image quality.
+        One row per prior and sampler, cheapest first, with columns ``proposals`` (M, 0 where the sampler has none),
+        ``loglik`` (of an exact prior), ``loglik-plugin`` and ``loglik-sampler`` (of a corrected one), ``loglik-gain`` (of an
+        exact prior, or under the sampler bound), ``train-seconds``, ``seconds-per-image``, ``proposals-per-image`` and each
+        metric of image quality, another for the ``interval`` of each and for whether it is ``conditional``, and the means
+        over groups of ``ess-fraction`` and ``mmd2``; NaN where there is no such number. ``attrs["qualities"]`` names the
+        metrics of image quality.
     """
-    own = frame[(frame.sampler != "") & ~frame.metric.str.startswith("loglik")]
+    frame = headline(frame)
+    own = frame[frame.sampler != ""]
     qualities = sorted(name for name in own.metric.unique() if re.match("fid|kid|off-mode", name))
-    wide = pd.DataFrame(index=own.set_index(["prior", "sampler"]).index.unique())
-    for name in ("loglik", "loglik-plugin", "loglik-gain", "train-seconds"):
-        rows = frame[frame.metric == name].set_index("prior")
-        prior = wide.index.get_level_values("prior")
-        wide[name], wide[f"{name} interval"] = rows.value.reindex(prior).array, rows.interval.reindex(prior).array
-    for name in ("loglik-sampler", "loglik-gain-sampler", "seconds-per-image", "proposals-per-image", *qualities):
-        rows = frame[(frame.metric == name) & (frame.sampler != "")].set_index(["prior", "sampler"])
-        wide[name], wide[f"{name} interval"] = rows.value, rows.interval
-    for column in ("loglik-gain", "loglik-gain interval"):
-        wide[column] = wide[column].fillna(wide.pop(column.replace("gain", "gain-sampler")))
+    wide = own.groupby(["prior", "sampler"], sort=False).proposals.max().to_frame()
+    for names, rows in (
+        (("loglik", "loglik-plugin", "loglik-gain", "train-seconds"), frame[frame.sampler == ""].set_index("prior")),
+        (("loglik-sampler", "loglik-gain-sampler"), frame[frame.sampler == ""].set_index(["prior", "proposals"])),
+        (("seconds-per-image", "proposals-per-image", *qualities), own.set_index(["prior", "sampler"])),
+    ):
+        index = wide.reset_index().set_index(list(rows.index.names)).index
+        for name in names:
+            chosen = rows[rows.metric == name].reindex(index)
+            wide[name], wide[f"{name} interval"] = chosen.value.array, chosen.interval.array
+            wide[f"{name} conditional"] = chosen.conditional.eq(True).array
+    bounded = wide["loglik-gain"].isna()
+    for column in ("loglik-gain", "loglik-gain interval", "loglik-gain conditional"):
+        wide[column] = wide[column].mask(bounded, wide.pop(column.replace("gain", "gain-sampler")))
     for name in ("ess-fraction", "mmd2"):
         wide[name] = own[own.metric.str.startswith(f"{name}/")].groupby(["prior", "sampler"]).value.mean()
     wide = wide.reset_index()
@@ -175,15 +269,26 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     seed's own draws has no such error; there the spread of few seeds, which is itself uncertain, is not taken to be smaller
     than the draws alone make it. Of one seed alone, the interval is that of its standard error.
 
+    Seeds that share one VAE do not show how the number would differ on another: it is ``conditional`` on that VAE, and so is
+    its interval.
+
     Returns:
-        One row per KEYS, with ``value``, ``interval`` (half-width), ``seeds``, ``n``, and ``features`` if the seeds agree.
+        One row per KEYS, with ``value``, ``interval`` (half-width), ``seeds``, ``vaes`` (how many VAEs they are of), ``n``,
+        ``features`` if the seeds agree, and ``conditional``.
     """
     summaries = []
     for key, own in table.groupby(KEYS, sort=True):
         half_width = _half_width(own.value, own.stderr, _drawn(own))
         features = own.features.iloc[0] if own.features.nunique() == 1 else ""
-        summaries.append((*key, own.value.mean(skipna=False), half_width, len(own), int(own.n.max()), features))
-    return pd.DataFrame(summaries, columns=[*KEYS, "value", "interval", "seeds", "n", "features"])
+        counts = len(own), own.vae_seed.nunique(), int(own.n.max())
+        summaries.append((*key, own.value.mean(skipna=False), half_width, *counts, features, conditional(own)))
+    found = pd.DataFrame(summaries, columns=[*KEYS, "value", "interval", "seeds", "vaes", "n", "features", "conditional"])
+    return found.astype({"conditional": bool})
+
+
+def conditional(rows: pd.DataFrame) -> bool:
+    """Whether rows of one number, one a seed, are all of one VAE; the data's own numbers are of none."""
+    return rows.vae_seed.nunique() == 1 and rows.prior.iloc[0] != DATA
 
 
 def difference(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float]:

@@ -1,8 +1,11 @@
 """The stages of the pipeline: each reads files, writes files, and is the same function for DVC, the CLI and the tests."""
 
+import itertools
+import os
+import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 from datasets import dataset as data
 from pipelines import claims, fanout, report, results, tracking
 from pipelines.config import Config, Experiment, plain, read, validate
-from pipelines.evaluation import base_task, evaluation_task, features_task
+from pipelines.evaluation import evaluation_task, features_task
 from pipelines.fanout import Machine, Task
 from pipelines.work import Seeded, prior_task, sample_task, vae_task
 from pipelines.workspace import Workspace
@@ -58,7 +61,7 @@ class Pipeline:
         """Stage 1: train the VAE of every seed."""
         experiment, seeds = self._seeds(name)
         seeds = list({at.vae_seed: at for at in seeds}.values())
-        _prune(self.workspace.artifacts(name) / "vae", [[f"seed-{at.vae_seed}" for at in seeds]])
+        _prune(self.workspace, self.workspace.artifacts(name) / "vae", [{f"seed-{at.vae_seed}" for at in seeds}])
         documents = self._run(
             "train-vae", name, [Task(f"VAE, seed {at.vae_seed}", vae_task, {"at": at.fresh()}) for at in seeds]
         )
@@ -73,7 +76,8 @@ class Pipeline:
     def train_prior(self, name: str) -> None:
         """Stage 2: learn every prior of every seed, its groups dealt over the shards; a base before what is put on it."""
         experiment, seeds = self._seeds(name)
-        _prune(self.workspace.artifacts(name) / "priors", [experiment.priors, seeds])
+        own = {f"seed-{seed}" for seed in experiment.seeds}
+        _prune(self.workspace, self.workspace.artifacts(name) / "priors", [experiment.priors.keys(), own])
         groups = seeds[0].vae.groups
         for prior, options in experiment.priors.items():
             if max(options.groups or [0]) >= groups:
@@ -104,7 +108,8 @@ class Pipeline:
         """Draw samples of every prior by each of its samplers, for every seed."""
         experiment, seeds = self._seeds(name)
         chosen = seeds[0].draws()
-        _prune(self.workspace.artifacts(name) / "samples", [[f"{prior}+{sampler}" for prior, sampler in chosen], seeds])
+        drawn, own = {f"{prior}+{sampler}" for prior, sampler in chosen}, {f"seed-{seed}" for seed in experiment.seeds}
+        _prune(self.workspace, self.workspace.artifacts(name) / "samples", [drawn, own])
         keys = [(at, prior, sampler) for prior, sampler in chosen for at in seeds]
         tasks = [
             Task(
@@ -151,10 +156,6 @@ class Pipeline:
             self.fetch(name)  # published files can be measured right after a clone
         if experiment.evaluate.features is not None:
             self._run("features", name, [Task("feature network", features_task, {"at": seeds[0].fresh()})])
-        if experiment.evaluate.likelihood.gains is not None:
-            owners = {at.vae_seed: at for at in seeds}.values()
-            bases = [Task(f"base, seed {at.vae_seed}", base_task, {"at": at.fresh(), "examples": examples}) for at in owners]
-            self._run("base", name, bases)
         tasks = [
             Task(f"evaluation, seed {at.seed}", evaluation_task, {"at": at.fresh(), "examples": examples}) for at in seeds
         ]
@@ -183,14 +184,47 @@ class Pipeline:
         return written
 
 
-def _prune(folder: Path, keep: Sequence[Iterable[str | Seeded]]) -> None:
-    """Drop what belongs to priors, samplers or seeds that the experiment no longer has; ``keep`` has an entry per level."""
-    wanted = {f"seed-{one.seed}" if isinstance(one, Seeded) else one for one in keep[0]}
-    for path in folder.iterdir() if folder.exists() else ():
-        if path.name.split(".")[0] not in wanted:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif len(keep) > 1:
-            _prune(path, keep[1:])
+def _prune(workspace: Workspace, folder: Path, levels: Sequence[Collection[str]]) -> None:
+    """Move aside what belongs to priors, samplers or seeds that the experiment no longer has, and say so in one line.
+
+    It can be days of work that a slip of the pen in params.yaml gave up, so nothing of it is deleted here.
+
+    Args:
+        workspace: which knows where to (:meth:`Workspace.removed`).
+        folder: a stage's output.
+        levels: the names that stay: those in ``folder``, then those in each folder in it, and so on.
+    """
+    moves = []
+    for path in _unnamed(folder, levels):
+        if path.is_file() and path.suffix == ".tmp":  # half-written by a process that was killed: of no use to anyone
+            path.unlink()
+            continue
+        aside = workspace.removed(path)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(aside):
+            numbers = (number for number in itertools.count(1) if not os.path.lexists(f"{aside}.{number}"))
+            aside.rename(f"{aside}.{next(numbers)}")
+        shutil.move(path, aside)
+        moves.append((aside.relative_to(workspace.root), path.relative_to(workspace.root)))
+    if moves:
+        gone, place = ", ".join(str(path) for _, path in moves), workspace.removed(folder).relative_to(workspace.root)
+        back = " && ".join(shlex.join(["mv", str(aside), str(path)]) for aside, path in moves)
+        print(
+            f"warning: params.yaml does not name {gone} any more: moved to {place}, which can be deleted; "
+            f"to take them back, name them again and, before the stage runs: {back}",
+            file=sys.stderr,
+        )
+
+
+def _unnamed(folder: Path, levels: Sequence[Collection[str]]) -> Iterator[Path]:
+    """What lies in ``folder`` and is not named; ``levels`` as for :func:`_prune`."""
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        # A file belongs to the name before its suffixes, as seed-0.partial.safetensors does; a folder's name may have dots.
+        name = path.name if path.is_dir() else path.name.split(".")[0]
+        if name not in levels[0]:
+            yield path
+        elif path.is_dir() and len(levels) > 1:
+            yield from _unnamed(path, levels[1:])
 
 
 def _learning_curves(at: Seeded, experiment: Experiment, groups: int) -> dict[str, Any]:

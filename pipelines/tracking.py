@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from runtime.errors import first_line
 from runtime.files import exclusive
 from runtime.identity import revision
 
@@ -31,7 +32,7 @@ def record(
     try:
         _record(root, stage, experiment, runs, params)
     except Exception as error:  # a full disk, an unreachable server, a broken store: the stage's files are safe
-        print(f"warning: this stage was not recorded in MLflow: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"warning: this stage was not recorded in MLflow: {first_line(error)}", file=sys.stderr)
 
 
 def _record(

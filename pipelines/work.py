@@ -51,6 +51,7 @@ class Seeded:
     _groups: dict[tuple[str, int], tuple[GroupPrior, dict[str, Any]]] = field(
         default_factory=dict, repr=False, compare=False
     )
+    _samples_documents: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     def fresh(self) -> "Seeded":
         """The same with nothing loaded, to be sent to another process."""
@@ -100,7 +101,12 @@ class Seeded:
             "seed": self.vae_seed,
         }
         source = source_digest("models.trainer", models.MODELS[options.name].__module__)
-        return Identity(self.name, self.vae_seed, config, source)
+        return Identity(self.name, self.vae_seed, config, source, self._precision(self.experiment.train))
+
+    @staticmethod
+    def _precision(options: Any) -> str:
+        """What the settings' ``precision`` comes to on this machine; fp32 for what has no such setting."""
+        return hardware.used(getattr(options, "precision", "fp32"), hardware.device().type)
 
     def _dataset_digest(self) -> str:
         """Of the data set here; a published VAE can do without it, and is then taken at its word."""
@@ -139,7 +145,9 @@ class Seeded:
         def digest(document: dict[str, Any]) -> str:
             return document.get("original", document["digest"]) if published else document["digest"]
 
-        base = {} if options.base is None else {"base digest": digest(self.prior_document(options.base, k))}
+        # All that lies below, since a prior without parameters of its own has the same digest whatever it follows.
+        below = [digest(self.prior_document(prior_below, k)) for prior_below in self.chain(prior)[1:]]
+        base = {"digests below": below} if below else {}
         config = {
             "vae digest": digest(self.vae_document),
             "prior": {} if method is GroupPrior else plain(options, "groups", "samplers"),
@@ -147,7 +155,20 @@ class Seeded:
             "seed": self.seed,
             **base,
         }
-        return Identity(self.name, self.seed, config, source_digest("priors.trainer", method.__module__))
+        source = source_digest("priors.trainer", method.__module__)
+        return Identity(self.name, self.seed, config, source, self._precision(options))
+
+    def chain(self, prior: str) -> list[str]:
+        """A prior, the prior that it is put on, and so on down to the model's own."""
+        return self.experiment.chain(prior)
+
+    def chain_digests(self, prior: str) -> list[str]:
+        """Of everything trained that a prior's numbers come from, group by group, down its chain."""
+        return [self.prior_document(name, k)["digest"] for name in self.chain(prior) for k in range(self.vae.groups)]
+
+    def chain_modules(self, prior: str) -> list[str]:
+        """The modules that define the methods of a prior's chain."""
+        return [PRIORS[self.experiment.priors[name].method].__module__ for name in self.chain(prior)]
 
     def _method(self, prior: str, k: int) -> type[GroupPrior]:
         """What makes group k of a prior; the bare GroupPrior, which is the base, where the prior leaves that group alone."""
@@ -200,20 +221,36 @@ class Seeded:
         options = self.experiment.samplers[sampler]
         config = {
             "vae digest": self.vae_document["digest"],
-            "prior digests": [self.prior_document(prior, k)["digest"] for k in range(self.vae.groups)],
+            "prior digests": self.chain_digests(prior),
             "sampler": plain(options),
             "sample": plain(self.experiment.sample, *(() if self.experiment.sample.readjust else ("batch",))),
             "seed": self.seed,
         }
-        methods = PRIORS[self.experiment.priors[prior].method], SAMPLERS[options.method]
-        source = source_digest("priors.sampling", *(method.__module__ for method in methods))
-        return Identity(self.name, self.seed, config, source)
+        source = source_digest("priors.sampling", *self.chain_modules(prior), SAMPLERS[options.method].__module__)
+        return Identity(self.name, self.seed, config, source, self._precision(options))
 
     def samples(self, prior: str, sampler: str) -> dict[str, Tensor]:
         """What was drawn. Raises UserError if it is missing or of another configuration."""
         path = self.workspace.samples(self.name, prior, sampler, self.seed)
         identity = self.samples_identity(prior, sampler)
-        return checkpoints.load_verified(path, identity, f"priorhole sample {self.name}")[0]
+        tensors, document = checkpoints.load_verified(path, identity, f"priorhole sample {self.name}")
+        self._samples_documents[prior, sampler] = document
+        return tensors
+
+    def samples_document(self, prior: str, sampler: str) -> dict[str, Any]:
+        """The metadata of what was drawn. Raises UserError as :meth:`samples` does."""
+        if (prior, sampler) not in self._samples_documents:
+            self.samples(prior, sampler)
+        return self._samples_documents[prior, sampler]
+
+    def stored_sources(self, prior: str, sampler: str) -> dict[str, str]:
+        """Digests of the code that made the files behind a row, as ``fingerprints.fingerprint`` takes them."""
+        sources = {"vae": self.vae_document["source"]}
+        if prior in self.experiment.priors:
+            sources |= {f"prior {name}": self.prior_document(name, 0)["source"] for name in self.chain(prior)}
+        if sampler:
+            sources["samples"] = self.samples_document(prior, sampler)["source"]
+        return sources
 
 
 def vae_task(report: Report, at: Seeded) -> dict[str, Any]:

@@ -57,6 +57,10 @@ class Workspace:
         """The small copy, kept under version control, of a file under artifacts."""
         return self.root / "pretrained" / path.relative_to(self.root / "artifacts")
 
+    def removed(self, path: Path) -> Path:
+        """Where a file or folder under artifacts is kept once params.yaml no longer names it: out of the stages' outputs."""
+        return self.root / "artifacts" / ".removed" / path.relative_to(self.root / "artifacts")
+
     def vae(self, experiment: str, seed: int) -> Path:
         """The trained VAE."""
         return self.artifacts(experiment) / "vae" / f"seed-{seed}.safetensors"

@@ -156,7 +156,7 @@ class EnergyPrior(TrainedPrior):
         That of SIR is bounded as metrics/likelihood.py does it, with the sample itself among its proposals (Lawson et al.
         2019).
         """
-        sampler, z = self.proposal(pair.below, pair.context), pair.posterior.float()
+        sampler, z = self.flow(pair.below, pair.context), pair.posterior.float()
         if self.options.criterion == "sampler":
             return {"sampler": -sampler.log_prob(z).mean()}
         # The noise of one example serves the others too: in any one context it is fresh.

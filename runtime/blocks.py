@@ -1,5 +1,6 @@
 """Work over many rows, block by block, that survives being killed: sampling and likelihoods."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,49 +13,117 @@ from runtime.identity import Identity
 from runtime.progress import Report, silent
 from runtime.training import SAVE_SECONDS
 
+Rows = dict[str, Tensor]
+"""Named tensors whose first dimension is the rows."""
+
+
+def partial_path(path: Path) -> Path:
+    """Where the unfinished part of ``path`` is kept: beside it, so that ``path`` itself is whole or absent."""
+    return path.with_name(path.stem + ".partial.safetensors")
+
 
 def in_blocks(
     path: Path,
     identity: Identity,
     total: int,
     block: int,
-    compute: Callable[[range], dict[str, Tensor]],
+    compute: Callable[[range], Rows],
     report: Report = silent,
-) -> dict[str, Tensor]:
-    """Concatenate ``compute(rows)`` over blocks of rows, keeping what is done in ``path`` as it goes.
+) -> Rows:
+    """Concatenate ``compute(rows)`` over blocks of rows, keeping what is done beside ``path`` as it goes.
+
+    A rerun with the same identity goes on from what is kept. ``path`` is written once, when all rows are there; a file of
+    another identity, or of fewer rows, that lies there before is deleted.
 
     Args:
-        path: the result; it also holds the unfinished part, and a rerun with the same identity goes on from there.
+        path: the result.
         identity: what the rows are made from.
-        total: number of rows.
+        total: number of rows, at least 1.
         block: rows per call of ``compute``.
         compute: maps a range of rows to named tensors whose first dimension is the rows;
-            it must not depend on the split.
+            it must not depend on the split. The names ``seconds`` and ``block`` are taken.
         report: told of the progress.
 
     Returns:
-        The named tensors, first dimension ``total``, and under ``seconds`` the time each row took (seconds, shared
-        evenly within a block).
+        The named tensors, first dimension ``total``; under ``seconds`` the time each row took (float64, seconds, shared
+        evenly within a block) and under ``block`` the index of the block that it was timed in (int64): rows of a block
+        share one measurement (:func:`mean_and_error_over_blocks`).
+
+    Raises:
+        UserError: the disk is full or not writable.
     """
-    stored = checkpoints.load_current(path, identity)
-    parts = [stored[0]] if stored is not None else []
-    done = len(parts[0]["seconds"]) if parts else 0
+    partial = partial_path(path)
+    whole = _stored(path, identity)
+    if whole is not None and _length(whole) == total:
+        partial.unlink(missing_ok=True)
+        return whole
+    path.unlink(missing_ok=True)
+    begun = _stored(partial, identity)
+    parts = [begun] if begun is not None and _length(begun) <= total else []
+    done = sum(map(_length, parts))
+    index = int(parts[0]["block"].max()) + 1 if parts else 0
     saved = time.monotonic()
     while done < total:
         rows = range(done, min(done + block, total))
-        started = time.monotonic()
+        started = _clock()
         part = compute(rows)
-        per_row = (time.monotonic() - started) / len(rows)
+        per_row = (_clock() - started) / len(rows)
         parts.append({name: value.detach().cpu() for name, value in part.items()})
         parts[-1]["seconds"] = torch.full((len(rows),), per_row, dtype=torch.float64)
-        done = rows.stop
-        report(done, total, "")
-        if done == total or time.monotonic() - saved > SAVE_SECONDS:
+        parts[-1]["block"] = torch.full((len(rows),), index, dtype=torch.int64)
+        done, index = rows.stop, index + 1
+        if done < total and time.monotonic() - saved > SAVE_SECONDS:
             parts = [_concatenate(parts)]
-            checkpoints.save(path, parts[0], identity, rows=done)
+            checkpoints.save(partial, parts[0], identity, rows=done)
             saved = time.monotonic()
-    return _concatenate(parts)
+        report(done, total, "")
+    found = _concatenate(parts)
+    checkpoints.save(path, found, identity, rows=total)
+    partial.unlink(missing_ok=True)
+    return found
 
 
-def _concatenate(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def mean_and_error_over_blocks(seconds: Tensor, block: Tensor) -> tuple[float, float, int]:
+    """Mean over rows that were timed in blocks, its standard error, and the number of blocks.
+
+    A block's rows share one time, so the blocks are what is independent. The error is that of a mean of their means with
+    their rows as weights: √(B / (B − 1) Σ_b (n_b / n)² (m_b − m)²).
+
+    Args:
+        seconds: time of each row (n,).
+        block: index of the block that each row was timed in (n,).
+
+    Returns:
+        The mean over rows and its error, in the unit of ``seconds``, and B. The error is NaN for a single block, which says
+        nothing of how blocks differ.
+    """
+    _, owner, sizes = block.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, owner, seconds.double())
+    mean, count = sums.sum() / len(seconds), len(sizes)
+    if count < 2:
+        return mean.item(), math.nan, count
+    variance = count / (count - 1) * ((sums - sizes * mean) / len(seconds)).square().sum()
+    return mean.item(), variance.sqrt().item(), count
+
+
+def _clock() -> float:
+    """Seconds; where a GPU is in use, read once it is idle, since its calls return before their work is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
+def _stored(path: Path, identity: Identity) -> Rows | None:
+    """The rows that ``path`` holds if it is a file of this identity that :func:`in_blocks` wrote; else None."""
+    found = checkpoints.load_current(path, identity)
+    if found is None or not {"seconds", "block"} <= found[0].keys():
+        return None
+    return found[0]
+
+
+def _length(rows: Rows) -> int:
+    return len(rows["seconds"])
+
+
+def _concatenate(parts: list[Rows]) -> Rows:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

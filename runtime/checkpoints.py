@@ -45,6 +45,7 @@ def save(path: Path, tensors: dict[str, Tensor], identity: Identity, **metadata:
         "seed": identity.seed,
         "config": identity.config,
         "source": identity.source,
+        "precision": identity.precision,
         "digest": digest(tensors),
         "revision": revision(),
     }
@@ -102,6 +103,21 @@ def load_current(path: Path, identity: Identity) -> tuple[dict[str, Tensor], dic
     return (tensors, document) if document["source"] == identity.source else None
 
 
+def load_unfinished(path: Path, identity: Identity) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """:func:`load_current` of work to be gone on with.
+
+    Raises:
+        UserError: it was begun in another precision than this machine computes in, and would be of both.
+    """
+    stored = load_current(path, identity)
+    if stored is not None and stored[1]["precision"] != identity.precision:
+        raise UserError(
+            f"{path} was begun in {stored[1]['precision']} and this machine computes in {identity.precision}: "
+            "finish it on a machine like the first, or delete it to begin anew"
+        )
+    return stored
+
+
 def publish(path: Path, copy: Path) -> None:
     """Write a small copy of a finished checkpoint: matrices and filters in half precision, the rest as it is.
 
@@ -114,7 +130,8 @@ def publish(path: Path, copy: Path) -> None:
     """
     tensors, document = load(path, "the stage that makes it")
     small = {name: tensor.half() if tensor.dim() >= 2 else tensor for name, tensor in tensors.items()}
-    identity = Identity(document["experiment"], document["seed"], document["config"], document["source"])
+    made_from = (document[key] for key in ("experiment", "seed", "config", "source", "precision"))
+    identity = Identity(*made_from)
     known = {"step", "seconds", "history", "held_out", "ended", "kept"} & document.keys()
     save(copy, small, identity, original=document["digest"], **{name: document[name] for name in known})
 

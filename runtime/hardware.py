@@ -30,11 +30,14 @@ def gains_from_bf16(kind: str) -> bool:
     return cpuinfo.exists() and any(unit in cpuinfo.read_text() for unit in ("amx_bf16", "avx512_bf16"))
 
 
+def used(precision: Precision, kind: str) -> str:
+    """What ``precision`` comes to on this device type of this machine: ``bf16`` or ``fp32``."""
+    return "bf16" if precision == "auto" and gains_from_bf16(kind) else "fp32"
+
+
 def autocast(precision: Precision, kind: str) -> AbstractContextManager:
     """bf16 autocast where ``precision`` is ``auto`` and the hardware gains from it; otherwise nothing."""
-    if precision == "auto" and gains_from_bf16(kind):
-        return torch.autocast(kind, dtype=torch.bfloat16)
-    return nullcontext()
+    return torch.autocast(kind, dtype=torch.bfloat16) if used(precision, kind) == "bf16" else nullcontext()
 
 
 def elements_at_once(kind: str) -> int:

@@ -27,12 +27,15 @@ class Identity:
         config: everything that determines the content, as plain JSON values. Inputs that are files themselves (a frozen
             VAE's weights, a data set) enter by their content digest.
         source: digest of the code that makes it (see :func:`source_digest`).
+        precision: that it is computed in on this machine. A finished file may be of any, an unfinished one is not gone on
+            with in another.
     """
 
     experiment: str
     seed: int
     config: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    precision: str = "fp32"
 
     def difference(self, stored: dict[str, Any]) -> str | None:
         """The first key, dotted, whose value differs from a stored file's ``config``; None if they agree."""

@@ -58,7 +58,7 @@ class Plateau:
     patience: int
 
     CUT = 0.3
-    CUTS = 2
+    CUTS = 3
     SMALLEST_GAIN = 1e-3
     """Nats: less than the tables' last digit."""
 
@@ -147,7 +147,7 @@ class Trainee:
         self.path.unlink(missing_ok=True)
         if self.ema is not None:
             self.average = AveragedModel(self.module, multi_avg_fn=_moving_average(self.ema), use_buffers=True)
-        partial = checkpoints.load_current(self.rolling, self.identity)
+        partial = checkpoints.load_unfinished(self.rolling, self.identity)
         if partial is None:
             self.rolling.unlink(missing_ok=True)
             return

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from metrics.likelihood import LikelihoodOptions, Pool, contrastive_losses, fill_pool, log_likelihoods
 from models.distributions import DiagonalNormal
-from models.protocol import HierarchicalVAE
+from models.protocol import HierarchicalVAE, posterior_pass
+from runtime.randomness import Noise
 
 NOISE_STD, SLOPE, OFFSET = 0.5, 1.2, 0.3
 
@@ -73,12 +75,13 @@ def normal_log_density(x, mean, variance):
     return -((x - mean) ** 2) / (2 * variance) - math.log(2 * math.pi * variance) / 2
 
 
-def measure(model, samples, normaliser, proposals, n=400, pool_size=2**18):
+def measure(model, samples, normaliser, proposals, n=400, pool_size=2**18, resamples=16, prior=Tilted):
     x = torch.randn(n, 1, generator=torch.Generator().manual_seed(0)).double() * 1.3 + OFFSET
-    prior = Tilted(model)
-    options = LikelihoodOptions(samples=samples, normaliser=normaliser, proposals=proposals)
-    pools = {"tilted": fill_pool(model, prior, 0, pool_size)}
-    return x[:, 0], log_likelihoods(model, {"base": Base(model), "tilted": prior}, pools, x, range(n), 0, options)
+    sizes = samples if isinstance(samples, list) else [samples]
+    options = LikelihoodOptions(samples=sizes, normaliser=normaliser, proposals=proposals, resamples=resamples)
+    pools = {"tilted": fill_pool(model, prior(model), 0, pool_size)}
+    found = log_likelihoods(model, {"base": Base(model), "tilted": prior(model)}, pools, x, range(n), 0, options)
+    return x[:, 0], {key.removesuffix(f"/{max(sizes)}"): value for key, value in found.items()}
 
 
 def test_a_linear_vae_has_its_exact_marginal_likelihood():
@@ -88,10 +91,21 @@ def test_a_linear_vae_has_its_exact_marginal_likelihood():
     assert (found["base"] - exact).mean().item() == pytest.approx(0, abs=3e-3)
 
 
+class Proposing(Tilted):
+    """The same, with proposals from a wider Normal off to one side."""
+
+    proposes = True
+
+    def proposal(self, k, context):
+        base = self.base(k, context)
+        return DiagonalNormal(base.mean + 0.4, 1.5 * base.stddev)
+
+
+@pytest.mark.parametrize("prior", [Tilted, Proposing])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_plugin_and_sampler_bound_converge_to_the_exact_value_from_their_sides(groups):
-    """With r = exp(t z) the corrected prior is the Normal moved by t in every group."""
-    x, found = measure(LinearVAE(groups), 300, [10, 100, 2000], [2, 10, 100, 2000], n=60)
+def test_plugin_and_sampler_bound_converge_to_the_exact_value_from_their_sides(groups, prior):
+    """With r = exp(t z) the corrected prior is the Normal moved by t in every group, wherever proposals come from."""
+    x, found = measure(LinearVAE(groups), 300, [10, 100, 2000], [2, 10, 100, 2000], n=60, prior=prior)
     mean, variance = OFFSET + SLOPE * groups * Tilted.TILT, SLOPE**2 * groups + NOISE_STD**2
     exact = normal_log_density(x, mean, variance).mean().item()
     plugin = [found[f"tilted/plugin/{n}"].mean().item() - exact for n in (10, 100, 2000)]
@@ -104,6 +118,65 @@ def test_plugin_and_sampler_bound_converge_to_the_exact_value_from_their_sides(g
     if groups == 1:
         log_z = [found[f"tilted/log-z/k00/{n}"].mean().item() for n in (10, 100, 2000)]
         assert log_z[0] < log_z[1] < log_z[2] == pytest.approx(Tilted.TILT**2 / 2, abs=0.02)
+
+
+class Contextual(Tilted):
+    """r(z, c) = exp(TILT z c): normalisers differ from context to context, and with them from sample to sample."""
+
+    def log_ratio(self, k, z, context):
+        return self.TILT * z[..., 0] * (context[..., 0] if k else 1.0)
+
+
+def test_normalisers_of_a_few_resampled_samples_serve_all_of_them():
+    """Against every sample's own normaliser, by hand: log Z(c) = TILT²/2 for k = 0, TILT c² + (TILT c)²/2 for k = 1."""
+    model, samples, n, tilt = LinearVAE(2), 400, 50, Tilted.TILT
+    x, found = measure(model, [3, samples], [4000], [4000], n=n, resamples=100, prior=Contextual)
+    rows, passes = range(n), []
+    for step in range(samples // 100):
+        log_v = torch.zeros(100 * n).double()
+
+        def visit(k, context, posterior, z):
+            nonlocal log_v
+            log_v += model.prior(k, context).log_prob(z) - posterior.log_prob(z)
+            c = context[:, 0] if k else torch.ones(100 * n).double()
+            log_v += tilt * z[:, 0] * c - tilt * c * (context[:, 0] if k else 0) - (tilt * c) ** 2 / 2
+
+        context = posterior_pass(
+            model,
+            x[:, None],
+            lambda k, step=step: Noise(0, "likelihood-posterior", k, step, rows, 100),
+            visit,
+            100,
+        )
+        passes.append((log_v + model.decode(context).log_prob(x[:, None].repeat(100, 1))).view(100, n))
+    exact = torch.cat(passes).logsumexp(0) - math.log(samples)
+    for kind in ("plugin", "sampler"):
+        difference = found[f"tilted/{kind}/4000"] - exact
+        assert difference.mean().abs() < 0.02
+        assert difference.abs().max() < 0.4
+    few = torch.cat(passes)[:3].logsumexp(0) - math.log(3)  # S up to T: every sample's own normaliser
+    assert torch.allclose(found["tilted/sampler/4000/3"], few, atol=0.25)
+    assert (found["tilted/sampler/4000/3"] - few).mean().abs() < 0.01
+
+
+@pytest.mark.parametrize("resamples", [1, 4])
+def test_fewer_normalisers_leave_a_lower_bound(resamples):
+    full, few = (measure(LinearVAE(2), 100, [50], [50], n=300, resamples=t, prior=Contextual)[1] for t in (100, resamples))
+    lost = full["tilted/sampler/50"] - few["tilted/sampler/50"]
+    assert 0 < lost.mean() < 1.0
+    assert torch.equal(full["base"], few["base"])
+
+
+def test_a_bound_rises_with_the_number_of_samples_and_each_is_read_off_the_same_ones():
+    sizes = [1, 7, 100, 150, 330]
+    _, together = measure(LinearVAE(2), sizes, [20], [20], n=400)
+    bounds = [together[f"base/{size}"].mean().item() for size in sizes[:-1]] + [together["base"].mean().item()]
+    assert bounds[0] < bounds[2] - 0.01
+    assert bounds[-1] == pytest.approx(bounds[2], abs=0.02)
+    for size in sizes[:-1]:
+        _, alone = measure(LinearVAE(2), size, [20], [20], n=400)
+        if size % 100 == 0:  # draws of whole passes are the same however many follow
+            assert torch.allclose(alone["base"], together[f"base/{size}"])
 
 
 def test_the_plugin_is_optimistic_by_what_jensen_says():
@@ -143,7 +216,7 @@ def _library_bound(m):
     stream = torch.Generator().manual_seed(0)
     log_r = torch.tensor(RATIOS).double().log()
     pool = Pool(log_r[torch.multinomial(torch.tensor(PROBABILITIES), 200_000, replacement=True, generator=stream)])
-    options = LikelihoodOptions(samples=1, normaliser=[1], proposals=[m])
+    options = LikelihoodOptions(samples=[1], normaliser=[1], proposals=[m])
     found = []
     for value in range(4):
         rows = torch.arange(200_000 // max(1, m - 1))
@@ -165,7 +238,7 @@ def test_the_nce_loss_of_a_useless_ratio_is_chance():
 def test_examples_keep_their_numbers_in_any_batch():
     model = LinearVAE(2)
     x = torch.linspace(-2, 2, 6)[:, None].double()
-    options = LikelihoodOptions(samples=5, normaliser=[10], proposals=[10])
+    options = LikelihoodOptions(samples=[5, 130], normaliser=[10], proposals=[10])
     pools = {"tilted": fill_pool(model, Tilted(model), 0, 1000)}
 
     def run(rows):
@@ -174,3 +247,10 @@ def test_examples_keep_their_numbers_in_any_batch():
     whole, part = run(range(6)), run(range(3, 5))
     for key, values in whole.items():
         assert torch.allclose(values[3:5], part[key], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["samples", "normaliser", "proposals"])
+@pytest.mark.parametrize("counts", [[], [3, 3], [0]])
+def test_counts_are_sets_of_positive_numbers(name, counts):
+    with pytest.raises(ValidationError):
+        LikelihoodOptions(**{"samples": [1], "normaliser": [1], "proposals": [1], name: counts})

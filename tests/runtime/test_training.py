@@ -201,8 +201,8 @@ def test_a_plateau_cuts_the_rate_and_ends_the_training_when_cuts_no_longer_help(
     assert (plateau.factor(history(*falling)), plateau.over(history(*falling))) == (1.0, False)
     assert plateau.factor(history(*falling, 1.2, 1.3)) == pytest.approx(0.3)
     assert plateau.factor(history(*falling, 1.2, 1.3, 1.1, 1.1)) == pytest.approx(0.3)  # a new best starts the wait anew
-    assert not plateau.over(history(*falling, *[1.2] * 5))
-    assert plateau.over(history(*falling, *[1.2] * 6))
+    assert not plateau.over(history(*falling, *[1.2] * 7))
+    assert plateau.over(history(*falling, *[1.2] * 8))
     assert plateau.factor(history(*falling, 1.2, 1.2 - Plateau.SMALLEST_GAIN / 2)) == pytest.approx(0.3)
     assert plateau.factor(history(*falling, math.nan, math.nan)) == pytest.approx(0.3)
 
@@ -222,7 +222,7 @@ def test_training_ends_at_each_trainees_own_plateau_and_a_resumption_agrees(tmp_
 
     whole = trainees(tmp_path / "whole")
     train(whole, 200, losses, held_out=scores, checks=20)
-    assert [one.step for one in whole] == [40 + 30, 70 + 30]  # CUTS cuts and the end, a check each
+    assert [one.step for one in whole] == [40 + 40, 70 + 40]  # CUTS cuts and the end, a check each
     stopped = trainees(tmp_path / "stopped")
     train(stopped, 80, losses, held_out=scores, checks=8)
     for one in stopped:

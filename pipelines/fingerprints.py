@@ -1,0 +1,82 @@
+"""What a row of the results table comes from: the digest of its configuration and of the code that made it.
+
+A row carries both, down its whole chain: VAE, prior and what it is put on, sampler, measurement. Held against what
+params.yaml and the code say now, they tell whether the row is still theirs.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from metrics import features
+from models.registry import MODELS
+from pipelines.config import Experiment, plain
+from priors.registry import PRIORS, SAMPLERS
+from runtime.identity import source_digest
+
+AGGREGATE = "aggregate-posterior"
+"""Stands in the prior column for samples decoded from q(z): what a perfect prior would reach with this decoder."""
+
+DATA = "data"
+"""Stands in the prior column for the data themselves: the exact density, or real against real."""
+
+LIKELIHOODS = "loglik|truth-gap|kl/|elbo-gain/|nce-loss/|log-z/"
+
+MEASURED_BY = {
+    LIKELIHOODS: ("metrics.likelihood",),
+    "mmd2/": ("metrics.mmd",),
+    "fid-": ("metrics.frechet", "metrics.features"),
+    "kid-": ("metrics.kid", "metrics.features"),
+    "off-mode-share|modes-hit": ("metrics.modes",),
+}
+"""Metrics, by the beginnings of their names, and the modules that measure them; the others are read off files."""
+
+
+def fingerprint(
+    experiment: Experiment, prior: str, sampler: str, metric: str, stored: Mapping[str, str] | None = None
+) -> str | None:
+    """Two digests, ``configuration+code``, of a row of this experiment; None if it has no such prior or sampler.
+
+    Args:
+        experiment: as params.yaml says it is.
+        prior, sampler, metric: as in the row.
+        stored: digests of the code that made stored files, where it need not be today's: of ``vae``, ``prior NAME`` and
+            ``samples``.
+    """
+    pseudo = prior in (AGGREGATE, DATA)
+    if (not pseudo and prior not in experiment.priors) or (sampler and sampler not in experiment.samplers):
+        return None
+    chain = [] if pseudo else experiment.chain(prior)
+    config: dict[str, Any] = {"dataset": experiment.dataset}
+    sources: dict[str, str] = {}
+    if prior != DATA:
+        config |= {"model": plain(experiment.model), "train": plain(experiment.train), "vae_seed": experiment.vae_seed}
+        sources["vae"] = source_digest("models.trainer", MODELS[experiment.model.name].__module__)
+    modules = [PRIORS[experiment.priors[name].method].__module__ for name in chain]
+    for name, module in zip(chain, modules, strict=True):
+        config[f"prior {name}"] = plain(experiment.priors[name], "samplers")
+        sources[f"prior {name}"] = source_digest("priors.trainer", module)
+    if sampler:
+        config["sampler"] = plain(experiment.samplers[sampler])
+        sources["samples"] = source_digest("priors.sampling", *modules, _module_of(experiment, sampler))
+    if sampler or prior == AGGREGATE:
+        config["sample"] = plain(experiment.sample)
+    measuring = next((found for names, found in MEASURED_BY.items() if re.match(names, metric)), ())
+    if "metrics.likelihood" in measuring:
+        config |= {"likelihood": plain(experiment.evaluate.likelihood), "examples": experiment.evaluate.examples}
+    if features.__name__ in measuring:
+        config["features"] = experiment.evaluate.features
+    if measuring:
+        sources["metric"] = source_digest(*measuring, *modules)
+    sources |= {key: digest for key, digest in (stored or {}).items() if key in sources}
+    return f"{_short(config)}+{_short(sources)}"
+
+
+def _module_of(experiment: Experiment, sampler: str) -> str:
+    return SAMPLERS[experiment.samplers[sampler].method].__module__
+
+
+def _short(document: Any) -> str:
+    return hashlib.blake2b(json.dumps(document, sort_keys=True).encode(), digest_size=6).hexdigest()
