@@ -45,8 +45,9 @@ class FeatureNetwork(ABC):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (n, d) on the CPU, float32, a batch at a time."""
-        return torch.cat([self.batch(part).float().cpu() for part in images.split(BATCH)])
+        """Features (n, d) on the CPU, float32, a batch at a time. ``images`` are clamped to [0, 1] first."""
+        # A decoder with Normal pixels strays outside [0, 1]. No picture shows that, and no network was trained on it.
+        return torch.cat([self.batch(part.clamp(0, 1)).float().cpu() for part in images.split(BATCH)])
 
 
 def _rgb(images: Tensor) -> Tensor:

@@ -73,6 +73,17 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return (((a.mean - b.mean) ** 2).sum() + traces - 2 * shared).item()
 
 
+def require_finite(**named: Tensor) -> None:
+    """Refuse feature vectors, each argument (n, d), that are not finite: UserError with the argument's name and how many."""
+    for name, rows in named.items():
+        broken = int((~rows.isfinite()).any(1).sum())
+        if broken:
+            raise UserError(
+                f"{name}: the features of {broken} of {len(rows)} images are not finite; look for NaN or infinite pixels in "
+                "the images, whose model or sampler diverged"
+            )
+
+
 def fid(features: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
     """Fréchet distance of features (n, d) to a reference (m, d), and its standard error.
 
@@ -83,8 +94,9 @@ def fid(features: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
     fewer the rows: compare equal n alone.
 
     Raises:
-        UserError: fewer than four rows of either.
+        UserError: fewer than four rows of either, or features that are not finite.
     """
+    require_finite(features=features, reference=reference)
     fewest = min(len(features), len(reference))
     if fewest < 4:
         raise UserError(f"FID with a standard error needs at least 4 images of each kind, not {fewest}; draw more")

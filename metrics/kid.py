@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from metrics.frechet import require_finite
 from metrics.mmd import ROWS, unbiased_mmd2
 from runtime.randomness import generator
 
@@ -22,8 +23,9 @@ def kid(features: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
         seed: names the order.
 
     Raises:
-        UserError: fewer than two rows.
+        UserError: fewer than two rows, or features that are not finite.
     """
+    require_finite(features=features, reference=reference)
     n = min(len(features), len(reference))
     blocks = max(1, math.ceil(n / ROWS))
     x, y = (

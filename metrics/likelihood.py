@@ -47,7 +47,7 @@ from runtime.randomness import Noise
 
 PROPOSALS_AT_ONCE = 100
 SAMPLES_AT_ONCE = 100  # of each example: what a pass works on stays in the cache, and memory does not grow with S
-SOME_BLOCKS = 8
+SOME_BLOCKS = 30
 
 Count = Annotated[int, Field(ge=1)]
 Counts = Annotated[list[Count], Field(min_length=1)]
@@ -103,10 +103,11 @@ class Pool:
     def error(self, count: int) -> float:
         """Standard error, nats, of the mean over blocks of ``count`` samples of log Σ r: one for all examples."""
         sums = self._block_sums(count)
-        between = (sums.std() / math.sqrt(len(sums))).item() if len(sums) >= SOME_BLOCKS else 0.0
+        if len(sums) >= SOME_BLOCKS:
+            return (sums.std() / math.sqrt(len(sums))).item()
         log_sum, log_sum_squares = self.log_r.double().logsumexp(0), (2 * self.log_r.double()).logsumexp(0)
         inverse_ess = (log_sum_squares - 2 * log_sum).exp().item()  # delta method, for blocks too few to be compared
-        return max(between, math.sqrt(max(0.0, inverse_ess - 1 / len(self.log_r))))
+        return math.sqrt(max(0.0, inverse_ess - 1 / len(self.log_r)))
 
 
 def proposal_weight(prior: LearnedPrior, k: int, z: Tensor, context: Tensor) -> Tensor:

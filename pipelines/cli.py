@@ -127,11 +127,9 @@ def compare() -> None:
     """Hold the results against the papers' claims. Exits 1 if one comes out otherwise than targets.yaml says."""
     from rich.console import Console
 
-    from pipelines import claims, results
-    from pipelines.workspace import Workspace
+    from pipelines import claims
 
-    workspace = Workspace(Path.cwd())
-    verdicts = claims.judge(claims.load(workspace.targets), results.read(workspace.results, "priorhole report"))
+    verdicts = _pipeline().verdicts()
     Console(width=None if sys.stdout.isatty() else 160).print(claims.console(verdicts))
     if any(verdict.failed for verdict in verdicts):
         raise typer.Exit(1)

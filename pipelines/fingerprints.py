@@ -7,12 +7,12 @@ params.yaml and the code say now, they tell whether the row is still theirs.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from metrics import features
 from models.registry import MODELS
-from pipelines.config import Experiment, plain
+from pipelines.config import Config, Experiment, plain
 from priors.registry import PRIORS, SAMPLERS
 from runtime.identity import source_digest
 
@@ -72,6 +72,16 @@ def fingerprint(
         sources["metric"] = source_digest(*measuring, *modules)
     sources |= {key: digest for key, digest in (stored or {}).items() if key in sources}
     return f"{_short(config)}+{_short(sources)}"
+
+
+def expected(config: Config) -> Callable[[str, str, str, str], str | None]:
+    """The fingerprint that a row of (experiment, prior, sampler, metric) would get today; None if there is no such thing."""
+
+    def now(experiment: str, prior: str, sampler: str, metric: str) -> str | None:
+        found = config.experiments.get(experiment)
+        return None if found is None else fingerprint(found, prior, sampler, metric)
+
+    return now
 
 
 def _module_of(experiment: Experiment, sampler: str) -> str:

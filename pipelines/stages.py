@@ -7,11 +7,14 @@ import shutil
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from datasets import dataset as data
-from pipelines import claims, fanout, report, results, tracking
+from pipelines import claims, fanout, fingerprints, report, results, tracking
 from pipelines.config import Config, Experiment, plain, read, validate
 from pipelines.evaluation import evaluation_task, features_task
 from pipelines.fanout import Machine, Task
@@ -175,13 +178,24 @@ class Pipeline:
 
         config, raw, judged = self.config, read(self.workspace.params), claims.load(self.workspace.targets)
         table = report.gather(self.workspace, config, judged)
-        written = report.write(self.workspace, table, claims.judge(judged, table))
+        written = report.write(self.workspace, table, self._judge(config, judged, table))
         folder = self.workspace.reports / "figures"
-        bases = [one for one, experiment in config.experiments.items() if experiment.trained_in is None]
+        bases = [name for name, experiment in config.experiments.items() if experiment.trained_in is None]
         written += figures.of_results(results.over_seeds(table), folder, bases)
         for name, experiment in config.experiments.items():
             written += figures.of_artifacts(Seeded(raw, name, experiment.seeds[0], self.root), folder)
+        figures.remove_stale(folder, written, config)
         return written
+
+    def verdicts(self) -> list[claims.Verdict]:
+        """The papers' claims held against the results table, its rows against params.yaml and the code."""
+        table = results.read(self.workspace.results, "priorhole report")
+        return self._judge(self.config, claims.load(self.workspace.targets), table)
+
+    @staticmethod
+    def _judge(config: Config, judged: Sequence[claims.Claim], table: pd.DataFrame) -> list[claims.Verdict]:
+        stale = partial(results.stale_rows, expected=fingerprints.expected(config))
+        return claims.judge(judged, table, stale)
 
 
 def _prune(workspace: Workspace, folder: Path, levels: Sequence[Collection[str]]) -> None:

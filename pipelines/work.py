@@ -3,10 +3,11 @@
 Each is a plain function of values that can be pickled, and runs in whatever process it is given to.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,16 @@ from priors.sampling import draw, readjusted
 from priors.trainer import Slot, learn
 from runtime import checkpoints, hardware
 from runtime.blocks import in_blocks
+from runtime.errors import UserError
 from runtime.files import exclusive
 from runtime.identity import Identity, source_digest
 from runtime.progress import Report
 from runtime.randomness import initialising
+
+
+@cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,13 @@ class Seeded:
             return self.dataset.digest
         return checkpoints.load(path, "")[1]["config"]["dataset"]["digest"]
 
+    def _verified(self, path: Path, identity: Identity, what: str, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A stored file of this identity, with a line on stderr if earlier code made it. Raises UserError as loading does."""
+        tensors, document = checkpoints.load_verified(path, identity, f"priorhole {stage} {self.name}")
+        if document["source"] != identity.source:
+            _say_once(f"note: {self.name}: {what} was made by earlier code; 'priorhole {stage} {self.name}' makes it anew")
+        return tensors, document
+
     def new_vae(self) -> HierarchicalVAE:
         """The VAE before training."""
         with initialising(self.vae_seed, "vae"):
@@ -123,7 +137,7 @@ class Seeded:
     @cached_property
     def _stored_vae(self) -> tuple[HierarchicalVAE, dict[str, Any]]:
         path = self._here(self.workspace.vae(self.name, self.vae_seed))
-        tensors, document = checkpoints.load_verified(path, self.vae_identity(), f"priorhole train-vae {self.name}")
+        tensors, document = self._verified(path, self.vae_identity(), "the VAE", "train-vae")
         model = self.new_vae()
         checkpoints.restore(model, tensors, path)
         return model.to(hardware.device()).eval().requires_grad_(False), document
@@ -185,7 +199,7 @@ class Seeded:
         if (prior, k) not in self._groups:
             path = self._here(self.workspace.prior(self.name, prior, self.seed, k))
             identity = self.prior_identity(prior, k, published=not path.is_relative_to(self.workspace.artifacts(self.name)))
-            tensors, document = checkpoints.load_verified(path, identity, f"priorhole train-prior {self.name}")
+            tensors, document = self._verified(path, identity, f"the prior {prior}", "train-prior")
             group = self.new_group(prior, k)
             checkpoints.restore(group, tensors, path)
             self._groups[prior, k] = folded(group.eval().requires_grad_(False)), document
@@ -233,7 +247,9 @@ class Seeded:
         """What was drawn. Raises UserError if it is missing or of another configuration."""
         path = self.workspace.samples(self.name, prior, sampler, self.seed)
         identity = self.samples_identity(prior, sampler)
-        tensors, document = checkpoints.load_verified(path, identity, f"priorhole sample {self.name}")
+        tensors, document = self._verified(path, identity, f"what {sampler} drew from {prior}", "sample")
+        if document.get("rows") != self.experiment.sample.images:
+            raise UserError(f"{path} is unfinished; make it with: priorhole sample {self.name}")
         self._samples_documents[prior, sampler] = document
         return tensors
 

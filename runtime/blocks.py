@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,15 +51,15 @@ def in_blocks(
         share one measurement (:func:`mean_and_error_over_blocks`).
 
     Raises:
-        UserError: the disk is full or not writable.
+        UserError: the disk is full or not writable, or the work was begun in another precision.
     """
     partial = partial_path(path)
-    whole = _stored(path, identity)
+    whole = _stored(checkpoints.load_current(path, identity))
     if whole is not None and _length(whole) == total:
         partial.unlink(missing_ok=True)
         return whole
     path.unlink(missing_ok=True)
-    begun = _stored(partial, identity)
+    begun = _stored(checkpoints.load_unfinished(partial, identity))
     parts = [begun] if begun is not None and _length(begun) <= total else []
     done = sum(map(_length, parts))
     index = int(parts[0]["block"].max()) + 1 if parts else 0
@@ -113,12 +114,9 @@ def _clock() -> float:
     return time.monotonic()
 
 
-def _stored(path: Path, identity: Identity) -> Rows | None:
-    """The rows that ``path`` holds if it is a file of this identity that :func:`in_blocks` wrote; else None."""
-    found = checkpoints.load_current(path, identity)
-    if found is None or not {"seconds", "block"} <= found[0].keys():
-        return None
-    return found[0]
+def _stored(found: tuple[Rows, dict[str, Any]] | None) -> Rows | None:
+    """The rows of a checkpoint that :func:`in_blocks` wrote; else None."""
+    return found[0] if found is not None and {"seconds", "block"} <= found[0].keys() else None
 
 
 def _length(rows: Rows) -> int:

@@ -9,6 +9,7 @@ from models.mlp import MLPVAE
 from models.protocol import descend, posterior_pass
 from models.registry import MODELS, build
 from models.residual import ResidualHVAE
+from models.spectral import SpectralNorms, batch_norm_scales
 from models.trainer import TrainOptions, balance, evidence
 from runtime import checkpoints
 from runtime.randomness import Noise, initialising
@@ -165,3 +166,37 @@ def test_every_cycle_of_stage_1_warms_up_to_its_own_rate_and_falls_to_a_hundredt
     for wrong in ({140: 0.5}, {90: 0.5, 50: 0.5}):
         with pytest.raises(ValidationError, match="in the order of their steps"):
             TrainOptions(steps=140, batch=1, learning_rate=1.0, restarts=wrong)
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), [case for case in CASES if case[0] != "mlp-vae"])
+def test_a_posterior_that_adds_nothing_is_the_prior_however_far_out_that_is(name, options, shape):
+    """In the residual parameterisation the sum is clamped, once: a mean must not shrink on its way to the posterior."""
+    model = make(name, options, shape).eval()
+    with torch.no_grad():
+        for heads, value in ((model.prior_heads, 3.0), (model.posterior_heads, 0.0)):
+            for parameter in (tensor for key, tensor in heads.named_parameters() if key.endswith(("weight", "log_norm"))):
+                parameter.fill_(
+                    -60.0 if parameter.dim() == 1 else 1e-9
+                )  # a learned norm of exp(-60), or a filter of nothing
+            for bias in (tensor for key, tensor in heads.named_parameters() if key.endswith("bias")):
+                bias.fill_(value)
+        kl = evidence(model, torch.rand(4, *shape).round(), noise(model)).kl
+    assert (
+        torch.stack(kl).abs().max() < 0.1
+    )  # NVAE adds a hundredth to a sigma over N(0, I), and a clamped twice is far over this
+
+
+def test_spectral_start_without_spectral_is_refused():
+    common = {"steps": 1, "batch": 1, "learning_rate": 0.1}
+    with pytest.raises(ValidationError, match="spectral_start does nothing without spectral"):
+        TrainOptions(**common, spectral_start=1.0)
+    assert TrainOptions(**common, spectral=0.1, spectral_start=1.0).spectral_start == 1.0
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), CASES)
+def test_a_model_says_whether_it_has_convolutions_to_keep_smooth(name, options, shape):
+    model = make(name, options, shape)
+    assert model.convolutional == any(isinstance(layer, torch.nn.Conv2d) for layer in model.modules())
+    assert torch.isfinite(batch_norm_scales(model))
+    if model.convolutional:
+        assert SpectralNorms(model)() > 0

@@ -1,5 +1,6 @@
 """The stages from end to end: same seed, same numbers, however the work was split or interrupted."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ import pytest
 import torch
 from tiny import double, kill_self, tiny, tiny_beyond, write_params
 
-from pipelines import results
+from pipelines import fingerprints, results, work
 from pipelines.config import read
 from pipelines.evaluation import spread
 from pipelines.fanout import Machine
@@ -20,6 +21,7 @@ from pipelines.work import Seeded
 from pipelines.workspace import Workspace
 from runtime import checkpoints
 from runtime.errors import UserError
+from runtime.identity import Identity
 from runtime.randomness import Noise
 
 STAGES = ("fetch", "train_vae", "train_prior", "sample", "evaluate")
@@ -160,20 +162,58 @@ def test_a_run_killed_in_both_stages_equals_the_undisturbed_one(checkout, tmp_pa
     assert not list((other / "artifacts").rglob("*.partial.safetensors"))
 
 
+class Killed(BaseException):
+    pass
+
+
 def test_sampling_and_evaluation_go_on_from_a_partial_file(checkout, monkeypatch):
-    whole = numbers(run_all(checkout, ["flat"]))
     from runtime import blocks
 
-    monkeypatch.setattr(blocks, "SAVE_SECONDS", 0.0)
-    path = Workspace(checkout).samples("flat", "ncp", "sir-20", 0)
-    tensors, document = checkpoints.load(path, "")
-    at = Seeded(Pipeline(checkout).config.model_dump(mode="json"), "flat", 0, checkout)
-    checkpoints.save(path, {name: values[:20] for name, values in tensors.items()}, at.samples_identity("ncp", "sir-20"))
-    assert document["config"] == at.samples_identity("ncp", "sir-20").config
-    Pipeline(checkout).sample("flat")
-    again = checkpoints.load(path, "")[0]
-    assert all(torch.equal(values, again[name]) for name, values in tensors.items() if name != "seconds")
+    whole = numbers(run_all(checkout, ["flat"]))
+    folder = checkout / "artifacts" / "flat"
+    paths = [*folder.glob("samples/*/*.safetensors"), *folder.glob("evaluation/*.safetensors")]
+    stored = {path: checkpoints.load(path, "")[0] for path in paths}
+    assert {path.parent.name for path in paths} >= {"ncp+sir-20", "evaluation"}
+    for path in paths:
+        path.unlink()
+    killed, save = [], checkpoints.save
+
+    def killing_save(path, *arguments, **metadata):
+        save(path, *arguments, **metadata)
+        if path.name.endswith(".partial.safetensors"):
+            killed.append(path)
+            raise Killed
+
+    monkeypatch.setattr(blocks, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(checkpoints, "save", killing_save)
+    for stage in ("sample", "evaluate"):
+        for _ in range(len(paths) + 1):  # each file is killed once, after its first block of two
+            with contextlib.suppress(Killed):
+                getattr(Pipeline(checkout), stage)("flat")
+                break
+    assert sorted(killed) == sorted(blocks.partial_path(path) for path in paths)
+    for path, tensors in stored.items():
+        again = checkpoints.load(path, "")[0]
+        assert all(torch.equal(values, again[name]) for name, values in tensors.items() if name != "seconds")
+        assert not blocks.partial_path(path).exists()
     assert whole.equals(numbers(run_all(checkout, ["flat"])))
+
+
+@pytest.mark.parametrize("how", ["only begun", "cut short"])
+def test_unfinished_samples_are_no_samples(checkout, how):
+    from runtime import blocks
+
+    run_all(checkout, ["flat"])
+    path = Workspace(checkout).samples("flat", "ncp", "sir-20", 0)
+    if how == "only begun":
+        path.rename(blocks.partial_path(path))
+    else:  # as if a whole file held fewer rows than the experiment asks for
+        tensors, _ = checkpoints.load(path, "")
+        seeded = Seeded(read(checkout / "params.yaml"), "flat", 0, checkout)
+        cut = {name: values[:7] for name, values in tensors.items()}
+        checkpoints.save(path, cut, seeded.samples_identity("ncp", "sir-20"), rows=7)
+    with pytest.raises(UserError, match=r"(missing|unfinished); make it with: priorhole sample flat"):
+        Pipeline(checkout).evaluate("flat")
 
 
 def test_only_what_changed_is_learned_anew_and_what_is_gone_is_dropped(checkout):
@@ -303,22 +343,121 @@ def test_fewer_examples_are_spread_over_the_set():
     assert torch.equal(spread(examples, 30), examples)
 
 
-def test_gains_can_be_measured_on_fewer_examples(checkout):
-    params = tiny()
-    params["experiments"]["deep"]["evaluate"]["likelihood"]["gains"] = {"examples": 12, "samples": 2}
-    params["experiments"]["deep"]["vae_seed"] = 0
+def test_every_likelihood_says_its_samples_and_is_paired_with_the_base_at_the_same(checkout):
+    table = run_all(checkout, ["flat", "deep"])
+    likelihoods = table[table.metric.str.startswith("loglik") & (table.prior != "data")]
+    assert set(likelihoods.samples) == {1, 4}
+    assert (likelihoods.n == 30).all()
+    base = likelihoods[likelihoods.prior == "normal"].set_index(["experiment", "seed", "samples"]).value
+    assert base.index.is_unique
+    for kind, count in (("sampler", "proposals"), ("plugin", "normaliser")):
+        values, gains = (
+            likelihoods[likelihoods.metric == f"loglik{infix}-{kind}"].set_index(
+                ["experiment", "prior", "seed", "samples", count]
+            )
+            for infix in ("", "-gain")
+        )
+        assert set(values.index.get_level_values(count)) == {5, 20}
+        paired = values.value - [base[experiment, seed, size] for experiment, _, seed, size, _ in values.index]
+        assert (paired - gains.value[paired.index]).abs().max() < 1e-5
+    assert set(table[table.metric.str.startswith("kl/")].prior) == {"normal"}
+    assert not table.fingerprint.str.contains("None").any()
+
+
+def test_a_prior_without_parameters_follows_the_one_below_it(checkout):
+    """Samples of an amortised prior, what is put on it, and its likelihoods are made anew when the energy below is."""
+    params = tiny_beyond()
     write_params(checkout, params)
-    pipeline = Pipeline(checkout)
+    pipeline = Pipeline(checkout, Machine(workers=1))
     for stage in STAGES[:-1]:
         getattr(pipeline, stage)("deep")
-    table = results.read(pipeline.evaluate("deep"), "")
-    assert set(table[table.metric == "loglik"].n) == {30}
-    assert table[table.metric == "loglik"].value.nunique() == 1  # one VAE, measured once for both seeds
-    assert len(table[table.metric == "loglik"]) == 2
-    corrected = table[table.metric.str.match("loglik-(plugin|sampler|gain)|nce-loss|log-z")]
-    assert set(corrected.n) == {12}
-    assert set(corrected[corrected.metric.str.startswith("loglik")].features) == {"2 importance samples"}
-    assert set(table[table.metric.str.startswith("kl/")].prior) == {"normal"}
+    workspace = Workspace(checkout)
+    paths = [
+        workspace.samples("deep", "amortised", "ancestral", 0),
+        workspace.samples("deep", "ncp-amortised", "langevin", 0),
+        workspace.prior("deep", "ncp-amortised", 0, 0),
+    ]
+    before = [checkpoints.load(path, "")[0] for path in paths]
+    params["experiments"]["deep"]["priors"]["evalp"]["learning_rate"] = 0.01
+    write_params(checkout, params)
+    pipeline.train_prior("deep")
+    for prior, sampler in (("amortised", "ancestral"), ("ncp-amortised", "langevin")):
+        with pytest.raises(UserError, match="belongs to another configuration"):
+            Seeded(params, "deep", 0, checkout).samples(prior, sampler)
+    pipeline.sample("deep")
+    for old, path in zip(before, paths, strict=True):
+        new = checkpoints.load(path, "")[0]
+        assert any(not torch.equal(old[name], values) for name, values in new.items() if name != "seconds")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "stage", "what"),
+    [
+        ("vae/seed-0.safetensors", "train-vae", "the VAE"),
+        ("priors/ncp/seed-0/k00.safetensors", "train-prior", "the prior ncp"),
+        ("samples/ncp+sir-20/seed-0.safetensors", "sample", "what sir-20 drew from ncp"),
+    ],
+)
+def test_files_made_by_earlier_code_are_used_and_said_to_be(checkout, capsys, pattern, stage, what):
+    """Outside DVC nothing would make them anew: a line says so, and their rows' fingerprints are not today's."""
+    run_all(checkout, ["flat"])
+    path = checkout / "artifacts" / "flat" / pattern
+    tensors, document = checkpoints.load(path, "")
+    old = Identity("flat", 0, document["config"], "earlier", document["precision"])
+    kept = {
+        key: document[key] for key in ("step", "seconds", "history", "held_out", "ended", "kept", "rows") if key in document
+    }
+    checkpoints.save(path, tensors, old, **kept)
+    work._say_once.cache_clear()
+    capsys.readouterr()
+    pipeline = Pipeline(checkout, Machine(workers=1))
+    table = results.read(pipeline.evaluate("flat"), "")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: flat: ")]
+    assert said == [f"note: flat: {what} was made by earlier code; 'priorhole {stage} flat' makes it anew"]
+    stale = results.stale_rows(table, fingerprints.expected(pipeline.config))
+    assert set(stale) == {"", "code"}
+    touched = table[(stale == "code") & (table.seed == 0)]
+    assert (table[stale == "code"].seed == 0).all()
+    assert set(touched.prior) <= {"normal", "gmm", "ncp", "ncp-gmm", "aggregate-posterior"}
+    if stage == "sample":
+        assert set(touched.sampler) == {"sir-20"}
+    if stage == "train-prior":
+        assert set(touched.prior) == {"ncp"}
+
+
+def test_rows_of_another_configuration_are_told_from_todays(checkout):
+    run_all(checkout, ["flat"])
+    table = results.read(checkout / "reports" / "results.csv", "")
+    assert set(results.stale_rows(table, fingerprints.expected(Pipeline(checkout).config))) == {""}
+    params = tiny()
+    flat = params["experiments"]["flat"]
+    flat["priors"]["ncp"]["learning_rate"] = 0.01
+    flat["samplers"]["langevin"]["steps"] = 4
+    del flat["priors"]["ncp-gmm"]
+    write_params(checkout, params)
+    stale = results.stale_rows(table, fingerprints.expected(Pipeline(checkout).config))
+    expected = table.prior.isin(["ncp", "ncp-gmm"])
+    assert (stale[expected] == "configuration").all()
+    assert (stale[~expected] == "").all()
+
+
+def test_files_made_in_another_precision_are_used_and_their_rows_say_so(checkout, monkeypatch):
+    from runtime import hardware
+
+    params = tiny()
+    flat = params["experiments"]["flat"]
+    flat["train"]["precision"] = flat["priors"]["ncp"]["precision"] = flat["samplers"]["sir-20"]["precision"] = "auto"
+    write_params(checkout, params)
+    pipeline = Pipeline(checkout, Machine(workers=1))
+    monkeypatch.setattr(hardware, "gains_from_bf16", lambda kind: True)
+    for stage in STAGES[:-1]:
+        getattr(pipeline, stage)("flat")
+    monkeypatch.setattr(hardware, "gains_from_bf16", lambda kind: False)
+    table = results.read(pipeline.evaluate("flat"), "")
+    drawn = table[(table.sampler == "sir-20") & (table.prior == "ncp")]
+    assert set(drawn.precision) == {"bf16"}
+    assert set(table[table.metric.str.startswith("loglik")].precision) == {"fp32"}
+    assert set(table[(table.metric == "train-seconds") & (table.prior == "normal")].precision) == {"bf16"}
 
 
 def test_groups_that_a_prior_leaves_alone_keep_the_base(checkout):

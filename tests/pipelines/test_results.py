@@ -2,7 +2,10 @@
 
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
+from scipy.stats import t as student
 
 from pipelines import report, results
 from pipelines.results import COLUMNS, Row
@@ -15,25 +18,34 @@ CONTRACT = [
     "prior",
     "sampler",
     "metric",
+    "samples",
+    "normaliser",
+    "proposals",
+    "step",
     "value",
     "stderr",
     "n",
     "seed",
+    "vae_seed",
     "seconds",
     "device",
+    "precision",
     "features",
     "target",
     "revision",
+    "fingerprint",
 ]
 
 
 def row(**changes):
+    """A row of which each seed has a VAE of its own, unless said otherwise."""
     given = {
         "experiment": "gaussians25", "dataset": "gaussians25", "model": "mlp-vae/normal", "prior": "ncp", "sampler": "",
-        "metric": "loglik-plugin/N100", "value": -0.5, "stderr": 0.01, "n": 100, "seed": 0, "seconds": 0.0,
-        "device": "cpu", "features": "", "target": "", "revision": "r",
+        "metric": "loglik-plugin", "samples": 30, "normaliser": 100, "proposals": 0, "step": 0, "value": -0.5,
+        "stderr": 0.01, "n": 100, "seed": 0, "seconds": 0.0, "device": "cpu", "precision": "fp32", "features": "",
+        "target": "", "revision": "r", "fingerprint": "a+b",
     }  # fmt: skip
-    return Row(**(given | changes))
+    return Row(**({"vae_seed": changes.get("seed", 0)} | given | changes))
 
 
 def table(*changes):
@@ -45,7 +57,7 @@ def test_columns_are_the_contract():
 
 
 def test_what_is_written_is_read_whatever_the_order(tmp_path):
-    seeds = table({"seed": 1, "value": math.pi}, {"seed": 0}, {"sampler": "sir-5", "metric": "loglik-sampler"})
+    seeds = table({"seed": 1, "value": math.pi}, {"seed": 0}, {"sampler": "sir-5", "metric": "modes-hit"})
     results.write(tmp_path / "one.csv", seeds)
     results.write(tmp_path / "two.csv", seeds[::-1])
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
@@ -89,11 +101,14 @@ def test_a_file_that_is_no_results_table_is_one_line(tmp_path, content, message)
     [
         ("loglik", "nats", "higher"),
         ("loglik-plugin", "nats", "higher"),
-        ("loglik-plugin/N100", "nats", "higher"),
+        ("truth-gap", "nats", "lower"),
+        ("truth-gap-sampler", "nats", "lower"),
+        ("held-out/k00", "nats", "lower"),
+        ("plateaued/k00", "", ""),
+        ("kept-step/k09", "", ""),
         ("loglik-sampler", "nats", "higher"),
         ("loglik-gain-plugin", "nats", "higher"),
         ("loglik-gain-sampler", "nats", "higher"),
-        ("bits-per-dim", "bits/dim", "lower"),
         ("ess-fraction/k03", "", "higher"),
         ("ess-floor-share/k00", "", "lower"),
         ("nce-loss/k29", "nats", ""),
@@ -116,7 +131,8 @@ def test_every_metric_of_the_contract_has_a_unit_and_a_direction(name, unit, bet
 
 
 @pytest.mark.parametrize(
-    "name", ["", "nll", "Loglik", "loglik-sampler/N10", "loglik-plugin/100", "nce-loss", "mmd2/3", "fid-50000"]
+    "name",
+    ["", "nll", "Loglik", "loglik-sampler/N10", "loglik-plugin/N100", "log-z/k00/N10", "nce-loss", "mmd2/3", "fid-50000"],
 )
 def test_a_row_of_an_unknown_metric_cannot_be_made(name):
     with pytest.raises(UserError, match="is not a metric of the results table"):
@@ -173,6 +189,126 @@ def test_the_error_of_a_seeds_own_draws_is_part_of_the_spread_of_the_seeds():
     assert results.over_seeds(table(*data)).interval.item() == pytest.approx(1.96 * 0.5)
 
 
+TABLES = 2000
+
+
+def coverage(seeds, difference=False, **number):
+    """Share of simulated tables whose 95 % interval holds the true mean, 0.
+
+    Each seed's number spreads by its VAE (0.7) and by its error (1), which a number of a test set shares between the seeds.
+    """
+    random = np.random.default_rng(seeds)
+    drawn_by_seed = bool(number)
+    rows = table(*(number | {"seed": seed, "stderr": 1.0} for seed in range(seeds)))
+    held = 0
+    for _ in range(TABLES):
+        numbers = []
+        for _ in range(2 if difference else 1):
+            error = random.normal(size=seeds if drawn_by_seed else 1)
+            numbers.append(rows.assign(value=random.normal(size=seeds) * 0.7 + error))
+        if difference:
+            value, interval = results.difference(*numbers)
+        else:
+            value, interval = results.over_seeds(numbers[0])[["value", "interval"]].to_numpy()[0]
+        held += abs(value) <= interval
+    return held / TABLES
+
+
+OF_DRAWS = {"metric": "fid-mnist-500", "sampler": "sir-5"}
+
+
+@pytest.mark.parametrize("difference", [False, True])
+@pytest.mark.parametrize("number", [{}, OF_DRAWS])
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_95_in_100_intervals_hold_the_truth(seeds, number, difference):
+    assert 0.93 <= coverage(seeds, difference, **number) <= 0.99
+
+
+def test_a_normal_quantile_would_be_too_narrow_for_three_seeds(monkeypatch):
+    monkeypatch.setattr(student, "ppf", lambda *_: 1.96)
+    assert coverage(3, **OF_DRAWS) < 0.93
+
+
+def test_seeds_that_share_a_vae_say_nothing_of_another():
+    apart, shared = ([{"seed": seed} | vae for seed in range(3)] for vae in ({}, {"vae_seed": 0}))
+    for rows, vaes, conditional in ((apart, 3, False), (shared, 1, True), (shared[:1], 1, True)):
+        (found,) = results.over_seeds(table(*rows)).itertuples()
+        assert (found.seeds, found.vaes, found.conditional) == (len(rows), vaes, conditional)
+    data = [{"prior": "data", "metric": "loglik", "seed": seed, "vae_seed": 0} for seed in range(2)]
+    assert not results.over_seeds(table(*data)).conditional.item()  # no VAE is involved
+
+
+def test_tables_mark_what_holds_for_one_vae():
+    ones = [{"metric": "loglik", "prior": "normal", "seed": seed, "vae_seed": 0} for seed in range(3)]
+    text = "\n".join(report.tables(results.over_seeds(table(*ones))))
+    assert "3 seeds on 1 VAE" in text
+    assert "± 0.02 (one VAE)" in text
+    assert "Intervals marked (one VAE)" in text
+    own = [one | {"vae_seed": one["seed"]} for one in ones]
+    assert "one VAE" not in "\n".join(report.tables(results.over_seeds(table(*own))))
+
+
+def test_the_headline_is_the_largest_number_of_samples_then_of_base_samples():
+    rows = results.over_seeds(
+        table(
+            *({"samples": s, "normaliser": n} for s in (5, 30) for n in (10, 100)),
+            {"samples": 1000, "normaliser": 10},
+            *({"metric": "loglik-sampler", "samples": s, "normaliser": 0, "proposals": m} for s in (5, 30) for m in (5, 50)),
+            {"metric": "off-mode-share", "sampler": "sir-5", "samples": 0, "normaliser": 0, "proposals": 5},
+        )
+    )
+    shown = results.headline(rows)[["metric", *results.SIZES]].to_numpy().tolist()
+    assert shown == [
+        ["loglik-plugin", 1000, 10, 0],
+        ["loglik-sampler", 30, 0, 5],
+        ["loglik-sampler", 30, 0, 50],
+        ["off-mode-share", 0, 0, 5],
+    ]
+    assert results.headline(rows, largest_proposals=True).proposals.tolist() == [0, 50, 5]
+    assert results.headline(rows[:0]).empty
+
+
+def test_gains_over_samples_are_at_one_number_of_proposals():
+    gain = {"metric": "loglik-gain-sampler", "normaliser": 0}
+    found = results.gains_over_samples(
+        results.over_seeds(
+            table(
+                *(gain | {"samples": s, "proposals": m, "value": s * m} for s in (5, 30) for m in (5, 50)),
+                gain | {"samples": 30, "proposals": 500},  # not at S = 5
+                *({"metric": "loglik-gain", "prior": "flow", "samples": s, "normaliser": 0} for s in (5, 30)),
+                {"metric": "loglik-gain", "prior": "gmm", "samples": 30, "normaliser": 0},  # at one S alone
+            )
+        )
+    )
+    assert found[["prior", "samples", "proposals"]].to_numpy().tolist() == [
+        ["flow", 5, 0], ["flow", 30, 0], ["ncp", 5, 50], ["ncp", 30, 50]
+    ]  # fmt: skip
+
+
+def test_the_table_of_gains_over_samples_says_s_and_m():
+    gain = {"metric": "loglik-gain-sampler", "normaliser": 0, "proposals": 50}
+    several = table(*(gain | {"samples": s, "value": s / 10, "seed": seed} for s in (5, 30) for seed in (0, 1)))
+    text = "\n".join(report.tables(results.over_seeds(several)))
+    assert "| prior | M | 5 | 30 |\n| --- | --- | --- | --- |\n| ncp | 50 | 0.500 ± 0.02 | 3.000 ± 0.02 |" in text
+    assert "| prior | M | 30 |" not in "\n".join(report.tables(results.over_seeds(several[several.samples == 30])))
+
+
+def test_a_row_is_stale_by_what_changed_since():
+    now = {"ncp": "a+b", "gmm": "a+c", "flow": "d+b", "normal": None}
+    asked = []
+
+    def expected(*key):
+        asked.append(key)
+        return now[key[1]]
+
+    rows = table(*({"prior": prior, "seed": seed} for prior in now for seed in (0, 1)))
+    found = results.stale_rows(rows[::-1], expected)
+    assert found.loc[rows.index].tolist() == ["", "", "code", "code", *["configuration"] * 4]
+    assert sorted(asked) == sorted(("gaussians25", prior, "", "loglik-plugin") for prior in now)  # once each
+    assert results.stale_rows(table({"fingerprint": ""}), expected).tolist() == ["configuration"]
+    assert results.stale_rows(rows[:0], expected).empty
+
+
 def test_a_difference_is_taken_seed_by_seed():
     first, second = table(*drawn((11, 22, 36), 0.5)), table(*drawn((10, 20, 30), 0.5))
     value, interval = results.difference(first, second)  # 1, 2 and 6
@@ -187,14 +323,21 @@ def test_a_difference_is_taken_seed_by_seed():
 
 def test_methods_that_were_measured_differently_are_said_so():
     rows = [
-        {"prior": "normal", "metric": "loglik", "features": "1000 importance samples", "n": 10000},
-        {"prior": "gmm", "metric": "loglik", "features": "5 importance samples", "n": 2000},
-        {"prior": "gmm", "sampler": "ancestral", "metric": "seconds-per-image"},
+        {"prior": "normal", "metric": "loglik", "normaliser": 0, "samples": 1000, "n": 10000},
+        {"prior": "gmm", "metric": "loglik", "normaliser": 0, "samples": 5, "n": 2000},
+        {"prior": "gmm", "sampler": "ancestral", "metric": "seconds-per-image", "normaliser": 0, "samples": 0},
     ]
     text = "\n".join(report.tables(results.over_seeds(table(*rows))))
-    assert "normal with 1000 importance samples on 10000 examples; of gmm with 5 importance samples on 2000" in text
-    alike = "\n".join(report.tables(results.over_seeds(table(*(row | {"features": "", "n": 9} for row in rows)))))
-    assert "importance samples" not in alike
+    assert "of gmm with S = 5 on 2000 examples; of normal with S = 1000 on 10000 examples: compare those" in text
+    alike = "\n".join(report.tables(results.over_seeds(table(rows[0], rows[1] | {"samples": 1000, "n": 10000}, rows[2]))))
+    assert "measured with S = 1000 importance samples on 10000 examples." in alike
+
+
+def test_training_that_ran_out_is_said_so():
+    ended = {"metric": "plateaued/k01", "samples": 0, "normaliser": 0, "value": 1.0}
+    rows = results.over_seeds(table(ended, ended | {"seed": 1, "value": 0.0}, ended | {"metric": "plateaued/k00"}))
+    assert "in one seed at least: ncp (k01)." in "\n".join(report.tables(rows))
+    assert "Still improving" not in "\n".join(report.tables(results.over_seeds(table(ended))))
 
 
 def test_seeds_are_pooled_within_a_key_alone():
@@ -210,25 +353,39 @@ def test_seeds_are_pooled_within_a_key_alone():
     )
     assert len(summary) == 5
     assert sorted(summary.seeds) == [1, 1, 1, 1, 2]
-    assert list(summary.columns) == [*results.KEYS, "value", "interval", "seeds", "n", "features"]
+    assert list(summary.columns) == [
+        *results.KEYS, "value", "interval", "seeds", "vaes", "n", "features", "conditional"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ["samples", "normaliser", "proposals", "step"])
+def test_numbers_of_another_size_are_other_numbers(size):
+    assert len(results.over_seeds(table({size: 1}, {size: 2}))) == 2
+
+
+def measured(**changes):
+    return {"samples": 0, "normaliser": 0} | changes
 
 
 def test_methods_put_cost_and_quality_of_every_prior_and_sampler_side_by_side():
-    cheap, dear = {"prior": "flow", "sampler": "ancestral"}, {"prior": "ncp", "sampler": "sir-500"}
+    cheap, dear = measured(prior="flow", sampler="ancestral"), measured(prior="ncp", sampler="sir-500", proposals=500)
+    bound = measured(samples=30)
     found = results.methods(
         results.over_seeds(
             table(
-                {"prior": "flow", "metric": "loglik", "value": -0.4},
-                {"prior": "flow", "metric": "loglik-gain", "value": 1.8},
+                bound | {"prior": "flow", "metric": "loglik", "value": -0.4},
+                bound | {"prior": "flow", "metric": "loglik-gain", "value": 1.8},
                 cheap | {"metric": "seconds-per-image", "value": 0.1},
                 cheap | {"metric": "off-mode-share", "value": 0.2},
                 cheap | {"metric": "mmd2/k00", "value": 0.1},
                 cheap | {"metric": "mmd2/k01", "value": 0.3},
-                {"metric": "loglik-plugin", "value": -0.1},
-                {"metric": "train-seconds", "value": 60.0},
-                {"sampler": "sir-50", "metric": "loglik-sampler", "value": -0.3},
-                dear | {"metric": "loglik-sampler", "value": -0.2},
-                dear | {"metric": "loglik-gain-sampler", "value": 2.0},
+                {"metric": "loglik-plugin", "value": -0.1, "normaliser": 1000},
+                {"metric": "loglik-plugin", "value": -9.0, "normaliser": 10},
+                measured(metric="train-seconds", value=60.0),
+                bound | {"metric": "loglik-sampler", "value": -0.3, "proposals": 50},
+                bound | {"metric": "loglik-sampler", "value": -0.2, "proposals": 500},
+                bound | {"metric": "loglik-sampler", "value": -9.0, "proposals": 500, "samples": 5},
+                bound | {"metric": "loglik-gain-sampler", "value": 2.0, "proposals": 500},
                 dear | {"metric": "seconds-per-image", "value": 5.0},
                 dear | {"metric": "off-mode-share", "value": 0.01},
             )
@@ -239,6 +396,36 @@ def test_methods_put_cost_and_quality_of_every_prior_and_sampler_side_by_side():
     assert (first["prior"], first["sampler"], second["prior"], second["sampler"]) == ("flow", "ancestral", "ncp", "sir-500")
     assert (first["loglik"], first["loglik-gain"], first["mmd2"]) == (-0.4, 1.8, 0.2)
     assert (second["loglik-plugin"], second["loglik-sampler"], second["loglik-gain"]) == (-0.1, -0.2, 2.0)
-    assert (second["train-seconds"], second["off-mode-share"]) == (60.0, 0.01)
+    assert (second["train-seconds"], second["off-mode-share"], second["proposals"]) == (60.0, 0.01, 500)
     assert math.isnan(first["loglik-plugin"])
     assert math.isnan(second["loglik"])
+
+
+@pytest.mark.parametrize("name", ["sir-5k", "sir-v2", "resampling", "sir"])
+def test_a_sampler_may_have_any_name(name, tmp_path):
+    from pipelines import figures
+
+    rows = [
+        measured(metric="loglik", prior="normal", samples=30),
+        *(
+            measured(metric=f"loglik{gain}-sampler", samples=30, proposals=m, value=m / 1e4, vae_seed=0, seed=seed)
+            for gain in ("", "-gain")
+            for m in (50, 5000)
+            for seed in (0, 1)
+        ),
+        *(
+            measured(metric=metric, sampler=sampler, proposals=m, value=m / 1e4)
+            for sampler, m in ((name, 5000), ("adaptive", 5000), ("few", 50), ("langevin", 0))
+            for metric in ("seconds-per-image", "proposals-per-image", "off-mode-share", "ess-fraction/k00")
+        ),
+        {"metric": "loglik-gain-plugin", "normaliser": 50},
+        measured(metric="nce-loss/k00"),
+        measured(metric="log-z/k00", normaliser=50),
+    ]
+    frame = results.over_seeds(table(*rows))
+    found = results.methods(frame).set_index("sampler")
+    assert found["loglik-sampler"].drop("langevin").to_dict() == {"few": 0.005, name: 0.5, "adaptive": 0.5}
+    assert pd.isna(found["loglik-sampler"]["langevin"])
+    written = {path.name for path in figures.of_results(frame, tmp_path, ["gaussians25"])}
+    assert {f"gaussians25-{kind}.png" for kind in ("convergence", "tradeoff", "nce-ess")} == written
+    assert "".join(report.tables(frame))

@@ -7,6 +7,7 @@ from models.distributions import DiagonalNormal
 from models.mlp import MLPVAE
 from models.protocol import Group
 from models.residual import ResidualHVAE
+from models.trainer import evidence
 from priors.evalp import EnergyOptions
 from priors.flow import FlowOptions
 from priors.ncp import NoiseContrastivePrior
@@ -243,3 +244,34 @@ def test_blocks_that_halve_and_blind_classifiers_score_rows_independently(networ
     assert torch.allclose(scores[2:3, 1:2], prior.log_ratio(z[2:3, 1:2], context[1:2]), atol=1e-5)
     blind = torch.allclose(scores, prior.log_ratio(z, context + 1), atol=1e-6)
     assert blind == (network.get("context") is False)
+
+
+TRAINED = [name for name, method in PRIORS.items() if issubclass(method, TrainedPrior)]
+
+
+def assert_finer_than_bf16(terms):
+    assert {term.dtype for term in terms.values()} == {torch.float32}
+    values = torch.stack(list(terms.values())).detach()
+    assert (values != values.bfloat16().float()).any()  # by chance one may lie on the grid, all do not
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("loss", ["loss", "held_out_loss"])
+def test_a_prior_takes_its_losses_in_float32_under_autocast(method, model, loss):
+    vae = frozen(model)
+    below = Prior(vae, [GroupPrior(GroupPrior.Options(), group) for group in vae.layout()])
+    x = Pixels().train_batch(19, 1, 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for group, pair in zip(groups_of(method, vae), pairs(below, x, 0, "test"), strict=True):
+            assert_finer_than_bf16(getattr(group, loss)(pair, 4))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_takes_its_evidence_in_float32_under_autocast(model):
+    with initialising(0, model):
+        vae = MODELS[model]()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        parts = evidence(vae, Pixels().train_batch(19, 1, 0), [Noise(0, "test", k) for k in range(vae.groups)])
+    terms = {"reconstruction": parts.log_likelihood.mean()} | {f"kl/{k}": kl.mean() for k, kl in enumerate(parts.kl)}
+    assert_finer_than_bf16(terms)

@@ -36,3 +36,12 @@ def test_noise_has_the_right_moments():
     assert abs(normal.std() - 1) < 0.02
     assert abs(gumbel.mean() - 0.5772) < 0.02
     assert torch.isfinite(gumbel).all()
+
+
+def test_streams_on_a_cpu_have_32_bits_of_seed_and_experiments_all_of_theirs():
+    """torch's CPU generator takes the lower half of a seed; ours come from a hash, so that experiments do not collide."""
+    cpu = [torch.rand(3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1 + 2**32)]
+    assert torch.equal(*cpu)  # if this fails, torch has widened its seeds, and generator's docstring can be shortened
+    ours = [torch.rand(3, generator=generator(seed, "x")) for seed in (1, 1 + 2**32)]
+    assert not torch.equal(*ours)
+    assert "32 bits" in generator.__doc__

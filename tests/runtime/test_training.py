@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from runtime import checkpoints, training
+from runtime.errors import UserError
 from runtime.identity import Identity
 from runtime.randomness import generator
 from runtime.training import NonFiniteLossError, Plateau, Trainee, cosine, overfits, train
@@ -246,3 +247,18 @@ def test_a_group_of_parameters_may_have_a_learning_rate_of_its_own(tmp_path):
     before = [layer.weight.item() for layer in module]
     one.update({"sum": module[0].weight.sum() + module[1].weight.sum()}, 1)
     assert [old - layer.weight.item() for old, layer in zip(before, module, strict=True)] == pytest.approx([0.5, 0.05])
+
+
+def test_training_begun_in_one_precision_is_not_gone_on_with_in_another(tmp_path):
+    begun = make(tmp_path, "a")
+    train([begun], 10, losses)
+    begun.save_rolling()
+    elsewhere = make(tmp_path, "a")
+    elsewhere.identity = Identity("toy", 0, {"name": "a"}, precision="bf16")
+    with pytest.raises(UserError, match="was begun in fp32 and this machine computes in bf16: finish it") as error:
+        train([elsewhere], 20, losses)
+    assert "\n" not in str(error.value)
+    assert begun.rolling.exists()
+    begun.finish()
+    train([elsewhere], 20, losses)  # what is finished serves everywhere
+    assert elsewhere.finished["precision"] == "fp32"

@@ -19,7 +19,7 @@ def tiny():
         },
         "sample": {"images": 30, "batch": 20, "decoding": "mean"},
         "evaluate": {
-            "likelihood": {"samples": 4, "normaliser": [5, 20], "proposals": [5, 20], "pool": 4096},
+            "likelihood": {"samples": [1, 4], "normaliser": [5, 20], "proposals": [5, 20], "resamples": 2, "pool": 4096},
             "examples": 30,
             "batch": 20,
         },
