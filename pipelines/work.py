@@ -123,7 +123,7 @@ class Seeded:
         return checkpoints.load(path, "")[1]["config"]["dataset"]["digest"]
 
     def _verified(self, path: Path, identity: Identity, what: str, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A stored file of this identity, with a line on stderr if earlier code made it. Raises UserError as loading does."""
+        """A stored file of this identity; a line on stderr says if earlier code made it. Raises UserError as its loading."""
         tensors, document = checkpoints.load_verified(path, identity, f"priorhole {stage} {self.name}")
         if document["source"] != identity.source:
             _say_once(f"note: {self.name}: {what} was made by earlier code; 'priorhole {stage} {self.name}' makes it anew")

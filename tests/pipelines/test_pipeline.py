@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -481,6 +482,13 @@ def test_every_prior_beyond_the_papers_goes_through_all_stages(checkout):
     table = run_all(checkout, ["flat", "deep"], Machine(workers=1))
     measured = set(table[table.metric.str.fullmatch("loglik|loglik-sampler")].prior)
     assert measured >= {"evalp-gmm", "evalp", "amortised", "ncp-amortised"}
+    emitted = table.metric.unique()
+    assert [pattern for pattern in results.METRICS if not any(re.fullmatch(pattern, name) for name in emitted)] == []
+    curve = table[(table.metric == "held-out/k00") & (table.prior == "evalp") & (table.seed == 0)]
+    assert curve.step.is_monotonic_increasing
+    assert curve.step.max() == 20
+    follows = table[(table.prior == "amortised") & table.metric.str.startswith("plateaued/")]
+    assert set(follows.metric) == {"plateaued/k00"}  # as well trained as the energy that it is put on, where that is trained
 
 
 def test_a_group_that_the_model_has_not_is_refused(checkout):
