@@ -24,7 +24,7 @@ def main() -> None:
     )
     vae = NVAE(options, (1, 28, 28)).eval().requires_grad_(False)
     x = (torch.rand(1, 1, 28, 28) < 0.2).float()
-    settings = LikelihoodOptions(samples=SAMPLES, normaliser=[1], proposals=[1])
+    settings = LikelihoodOptions(samples=[SAMPLES], normaliser=[1], proposals=[1])
 
     def measure(model: HierarchicalVAE, at_once: int, keep: bool = True):
         prior = Prior(model, [GroupPrior(GroupPrior.Options(), group) for group in model.layout()])

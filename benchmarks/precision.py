@@ -57,13 +57,13 @@ def main() -> None:
 def _likelihoods(at: Seeded) -> None:
     """The trained model's log-likelihood in both precisions, from the same posterior noise."""
     device, prior = hardware.device(), at.prior(BASELINE)
-    settings = LikelihoodOptions(samples=SAMPLES, normaliser=[1], proposals=[1])
+    settings = LikelihoodOptions(samples=[SAMPLES], normaliser=[1], proposals=[1])
     found: dict[str, list[torch.Tensor]] = {"fp32": [], "bf16": []}
     for row, x in enumerate(at.dataset.examples("test")[:IMAGES, None].to(device)):
         for kind, values in found.items():
             with torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16"):
                 measured = log_likelihoods(at.vae, {BASELINE: prior}, {}, x, [row], 0, settings)
-            values.append(measured[BASELINE].float())
+            values.append(measured[f"{BASELINE}/{SAMPLES}"].float())
     fp32, bf16 = (torch.cat(values) for values in found.values())
     value, error, _ = mean_and_error(fp32)
     difference, paired, _ = mean_and_error(bf16 - fp32)

@@ -110,12 +110,21 @@ class Pool:
         return math.sqrt(max(0.0, inverse_ess - 1 / len(self.log_r)))
 
 
-def proposal_weight(prior: LearnedPrior, k: int, z: Tensor, context: Tensor) -> Tensor:
-    """log w = log r + log base − log proposal of z (*lead, batch, *latent), shape (*lead, batch): log r for most priors."""
+def scores(prior: LearnedPrior, k: int, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    """log w = log r + log base − log proposal, which is log r for most priors, and log r itself.
+
+    Args:
+        prior: whose group ``k``.
+        z: (*lead, batch, *latent).
+        context: (batch, *context shape).
+
+    Returns:
+        Two tensors (*lead, batch), nats.
+    """
     log_r = prior.log_ratio(k, z, context).float()
     if not prior.proposes:
-        return log_r
-    return log_r + (prior.base(k, context).log_prob(z) - prior.proposal(k, context).log_prob(z)).float()
+        return log_r, log_r
+    return log_r + (prior.base(k, context).log_prob(z) - prior.proposal(k, context).log_prob(z)).float(), log_r
 
 
 @torch.no_grad()
@@ -123,11 +132,11 @@ def fill_pool(model: HierarchicalVAE, prior: LearnedPrior, seed: int, size: int,
     """Score ``size`` base samples of the first group, telling ``report`` of the progress."""
     context = model.start(1)
     noise, proposal = Noise(seed, "pool", device=context.device), prior.proposal(0, context)
-    chunk, scores = 2**12, []
+    chunk, found = 2**12, list[Tensor]()
     for first in range(0, size, chunk):
-        scores.append(proposal_weight(prior, 0, proposal.draw(noise, (min(chunk, size - first),)), context))
+        found.append(scores(prior, 0, proposal.draw(noise, (min(chunk, size - first),)), context)[0])
         report(min(first + chunk, size), size, "proposals of the first group")
-    return Pool(torch.cat(scores).flatten().float())
+    return Pool(torch.cat(found).flatten().float())
 
 
 def _marks(options: LikelihoodOptions) -> list[int]:
@@ -141,7 +150,7 @@ def _fresh_log_sums(prior: LearnedPrior, k: int, context: Tensor, noise: Noise, 
     for mark in marks:
         while done < mark:
             count = min(PROPOSALS_AT_ONCE, mark - done)
-            log_w = proposal_weight(prior, k, proposal.draw(noise, (count,)), context)
+            log_w = scores(prior, k, proposal.draw(noise, (count,)), context)[0]
             running = torch.logaddexp(running, log_w.logsumexp(0))
             done += count
         found[mark] = running
@@ -215,6 +224,7 @@ class _Likelihoods:
         count, step, codes = len(samples), samples.start // SAMPLES_AT_ONCE, list[Tensor]()
         log_q = self.x.new_zeros(count * len(self.x))
         log_prior = {name: torch.zeros_like(log_q) for name in self.priors}
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.corrected}
 
         def visit(k: int, context: Tensor, posterior: DiagonalNormal, z: Tensor) -> None:
             nonlocal log_q
@@ -223,7 +233,8 @@ class _Likelihoods:
             for name, prior in self.priors.items():
                 log_prior[name] += prior.base(k, context).log_prob(z)
                 if not prior.exact:
-                    log_prior[name] += prior.log_ratio(k, z, context).float()
+                    found[name].append(scores(prior, k, z, context))
+                    log_prior[name] += found[name][-1][1]
 
         context = posterior_pass(self.model, self.x, lambda k: self._stream("posterior", k, step, count), visit, count)
         log_weight = self.model.decode(context).log_prob(self.x.repeat(count, *[1] * (self.x.dim() - 1))) - log_q
@@ -235,7 +246,7 @@ class _Likelihoods:
                 torch.tensor(self.rows)[None] * max(self.options.samples) + torch.tensor(samples)[:, None]
             ).flatten()
             for name in self.corrected:
-                for key, norm in self._log_normalisers(name, codes, positions, step, count).items():
+                for key, norm in self._log_normalisers(name, codes, positions, step, count, found[name]).items():
                     self._sum(key, log_v[name] - norm, samples)
             return
         latents = [z.view(count, len(self.x), *z.shape[1:]) for z in codes]
@@ -243,9 +254,10 @@ class _Likelihoods:
         if samples.start == 0 and self.corrected:
             # The first samples as they are: means over the posterior, and every S up to T without resampling.
             first = range(min(resamples, count))
+            own, positions = [z[: len(first)].flatten(0, 1) for z in latents], self._positions(0, len(first))
             for name in self.corrected:
-                own = [z[: len(first)].flatten(0, 1) for z in latents]
-                for key, norm in self._log_normalisers(name, own, self._positions(0, len(first)), 0, len(first)).items():
+                known = [(log_w[: len(positions)], log_r[: len(positions)]) for log_w, log_r in found[name]]
+                for key, norm in self._log_normalisers(name, own, positions, 0, len(first), known).items():
                     self._sum(key, log_v[name][: len(first)] - norm, first)
         marks = {size - samples.start: size for size in self.options.samples if size > resamples}
         for name in self.corrected:
@@ -267,14 +279,20 @@ class _Likelihoods:
             for part, (size, codes) in enumerate(self.drawn[name].found.items(), 1):
                 resamples = self.options.resamples
                 flat = [z.flatten(0, 1) for z in codes]
-                norms = self._log_normalisers(name, flat, self._positions(part, resamples), part, resamples, means=False)
+                norms = self._log_normalisers(name, flat, self._positions(part, resamples), part, resamples)
                 for key, norm in norms.items():
                     found[f"{key}/{size}"] = found[f"{name}/{size}"] + (-norm).logsumexp(0) - math.log(resamples)
             found = {key: value for key, value in found.items() if key.split("/")[:-1] != [name]}
         return found
 
     def _log_normalisers(
-        self, name: str, codes: Sequence[Tensor], positions: Tensor, step: int, count: int, means: bool = True
+        self,
+        name: str,
+        codes: Sequence[Tensor],
+        positions: Tensor,
+        step: int,
+        count: int,
+        known: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """Σ_k of the log normalisers of given latents, for each N and each M.
 
@@ -283,7 +301,7 @@ class _Likelihoods:
             codes: z of every group, (count x rows, *latent), repeat-major.
             positions: of each in the pool.
             step, count: name the draws.
-            means: whether the means over these samples count as means over the posterior.
+            known: :func:`scores` of every group's z, of samples as the posterior drew them: their means are taken note of.
 
         Returns:
             ``NAME/plugin/N`` and ``NAME/sampler/M``, each (count, rows).
@@ -292,15 +310,14 @@ class _Likelihoods:
 
         def choose(k: int, context: Tensor) -> Tensor:
             z = codes[k]
-            log_w = proposal_weight(prior, k, z, context)
-            log_r = prior.log_ratio(k, z, context).float() if prior.proposes else log_w
+            log_w, log_r = scores(prior, k, z, context) if known is None else known[k]
             sums = (
                 {mark: self.pools[name].log_sums(mark, positions) for mark in marks}
                 if k == 0
                 else _fresh_log_sums(prior, k, context, self._stream(f"normaliser-{name}", k, step, count), marks)
             )
             _add_normalisers(name, sums, log_w, self.options, norms)
-            if means:
+            if known is not None:
                 for n in self.options.normaliser:
                     self._mean(f"{name}/log-z/k{k:02d}/{n}", sums[n] - math.log(n), count)
                 gain = log_r - _sampler_normaliser(sums, log_w, max(self.options.proposals))
