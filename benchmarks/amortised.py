@@ -9,7 +9,8 @@ import torch
 from timing import compare
 
 from pipelines.config import read
-from pipelines.work import Seeded
+from pipelines.recipe import Recipe
+from pipelines.stored import Stored
 from priors.evalp import AmortisedPrior, EnergyPrior
 from priors.flow import FlowOptions
 from priors.protocol import Prior
@@ -26,20 +27,22 @@ def main() -> None:
     """Twenty images at a time, latents and decoding."""
     torch.set_num_threads(1)
     hardware.keep_freed_memory()
-    at = Seeded(read(Path("params.yaml")), EXPERIMENT, 0, Path.cwd())
-    layout, options = at.vae.layout(), EnergyPrior.Options(steps=1, batch=2, flow=FLOW)
-    energies = Prior(at.vae, [EnergyPrior(options, group).eval() for group in layout])
-    amortised = Prior(at.vae, [AmortisedPrior(AmortisedPrior.Options(), group) for group in layout], energies)
+    stored = Stored(Recipe(read(Path("params.yaml")), EXPERIMENT, 0, Path.cwd()))
+    layout, options = stored.vae.layout(), EnergyPrior.Options(steps=1, batch=2, flow=FLOW)
+    energies = Prior(stored.vae, [EnergyPrior(options, group).eval() for group in layout])
+    amortised = Prior(stored.vae, [AmortisedPrior(AmortisedPrior.Options(), group) for group in layout], energies)
     ways = {
-        "SIR, M = 5 000": (at.prior("ncp"), SIR(SIR.Options(proposals=5000, precision="auto"))),
-        "SIR, M = 500": (at.prior("ncp"), SIR(SIR.Options(proposals=500, precision="auto"))),
+        "SIR, M = 5 000": (stored.prior("ncp"), SIR(SIR.Options(proposals=5000, precision="auto"))),
+        "SIR, M = 500": (stored.prior("ncp"), SIR(SIR.Options(proposals=500, precision="auto"))),
         "SIR, M = 5 000, until decided": (
-            at.prior("ncp"),
+            stored.prior("ncp"),
             SIR(SIR.Options(proposals=5000, until_ess=50, precision="auto")),
         ),
         "amortised": (amortised, Ancestral(Ancestral.Options())),
     }
-    compare({name: (lambda way=way: draw(at.vae, *way, range(IMAGES), 0, "mean")) for name, way in ways.items()}, rounds=3)
+    compare(
+        {name: (lambda way=way: draw(stored.vae, *way, range(IMAGES), 0, "mean")) for name, way in ways.items()}, rounds=3
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import torch
 from torch.utils import benchmark
 
 from pipelines.config import read
-from pipelines.work import Seeded
+from pipelines.recipe import Recipe
+from pipelines.stored import Stored
 from priors.langevin import JointLangevin, Langevin
 from priors.sampling import draw
 from runtime import hardware
@@ -18,13 +19,13 @@ def main() -> None:
     """Group by group, and all groups in one chain; ``groups`` are those with the least and the most acceptance."""
     torch.set_num_threads(1)
     hardware.keep_freed_memory()
-    at = Seeded(read(Path("params.yaml")), "mnist-nvae-lite", 0, Path.cwd())
-    prior, groups = at.prior("ncp"), range(at.vae.groups)
+    stored = Stored(Recipe(read(Path("params.yaml")), "mnist-nvae-lite", 0, Path.cwd()))
+    prior, groups = stored.prior("ncp"), range(stored.vae.groups)
     for method in (Langevin, JointLangevin):
         for size in (0.05, 0.1, 0.2, 0.5, 1.0):
             sampler = method(method.Options(steps=STEPS, step_size=size, metropolis=True))
             started = benchmark.timer()
-            drawn = draw(at.vae, prior, sampler, range(IMAGES), 0, "mean")
+            drawn = draw(stored.vae, prior, sampler, range(IMAGES), 0, "mean")
             seconds = benchmark.timer() - started
             accepted = [drawn[f"acceptance/k{k:02d}"].mean().item() for k in groups]
             ess = min(drawn[f"ess/k{k:02d}"].mean().item() for k in groups) * STEPS

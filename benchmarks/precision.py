@@ -12,8 +12,10 @@ from timing import compare
 from metrics.likelihood import LikelihoodOptions, log_likelihoods, mean_and_error
 from models.nvae import NVAE
 from models.trainer import OPTIMIZERS, evidence
-from pipelines.config import BASELINE, read
-from pipelines.work import Seeded
+from pipelines.config import read
+from pipelines.recipe import Recipe
+from pipelines.results import BASELINE
+from pipelines.stored import Stored
 from runtime import hardware
 from runtime.randomness import Noise
 
@@ -49,20 +51,20 @@ def main() -> None:
 
     medians = compare({f"{BATCH} images, {kind}": step_in(kind) for kind in ("fp32", "bf16")}, rounds=7)
     print(", ".join(f"{name.split()[-1]}: {BATCH / seconds:.0f} images/s" for name, seconds in medians.items()))
-    at = Seeded(read(Path("params.yaml")), EXPERIMENT, 0, Path.cwd())
-    if at.workspace.data(EXPERIMENT).exists():
-        _likelihoods(at)
+    stored = Stored(Recipe(read(Path("params.yaml")), EXPERIMENT, 0, Path.cwd()))
+    if stored.recipe.workspace.data(EXPERIMENT).exists():
+        _likelihoods(stored)
 
 
-def _likelihoods(at: Seeded) -> None:
+def _likelihoods(stored: Stored) -> None:
     """The trained model's log-likelihood in both precisions, from the same posterior noise."""
-    device, prior = hardware.device(), at.prior(BASELINE)
+    device, prior = hardware.device(), stored.prior(BASELINE)
     settings = LikelihoodOptions(samples=[SAMPLES], normaliser=[1], proposals=[1])
     found: dict[str, list[torch.Tensor]] = {"fp32": [], "bf16": []}
-    for row, x in enumerate(at.dataset.examples("test")[:IMAGES, None].to(device)):
+    for row, x in enumerate(stored.dataset.examples("test")[:IMAGES, None].to(device)):
         for kind, values in found.items():
             with torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16"):
-                measured = log_likelihoods(at.vae, {BASELINE: prior}, {}, x, [row], 0, settings)
+                measured = log_likelihoods(stored.vae, {BASELINE: prior}, {}, x, [row], 0, settings)
             values.append(measured[f"{BASELINE}/{SAMPLES}"].float())
     fp32, bf16 = (torch.cat(values) for values in found.values())
     value, error, _ = mean_and_error(fp32)

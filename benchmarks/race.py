@@ -18,7 +18,8 @@ from models.distributions import DiagonalNormal
 from models.folding import folded
 from models.protocol import LearnedPrior, descend
 from pipelines.config import read
-from pipelines.work import Seeded
+from pipelines.recipe import Recipe
+from pipelines.stored import Stored
 from priors.ncp import NoiseContrastivePrior
 from priors.networks import MapScorer
 from priors.samplers import GroupDraw
@@ -83,17 +84,17 @@ class Tally:
 @torch.no_grad()
 def published(images: int) -> None:
     """mnist-nvae-lite's classifiers of seed 0."""
-    at = Seeded(read(Path("params.yaml")), EXPERIMENT, 0, Path.cwd())
-    prior, total = at.prior("ncp"), Tally()
+    stored = Stored(Recipe(read(Path("params.yaml")), EXPERIMENT, 0, Path.cwd()))
+    prior, total = stored.prior("ncp"), Tally()
     print(f"\n{EXPERIMENT}, NCP, M = {PROPOSALS}, {images} images at a time")
 
     def choose(k: int, context: Tensor) -> Tensor:
         scorer = getattr(prior.groups[k], "classifier", None)
         if isinstance(scorer, MapScorer):
-            total.by_formula(scorer, at.vae.prior(k, context[:1]), context[:1])
+            total.by_formula(scorer, stored.vae.prior(k, context[:1]), context[:1])
         return total.add(prior, k, context).z
 
-    descend(at.vae, images, choose)
+    descend(stored.vae, images, choose)
     total.print("all groups")
 
 

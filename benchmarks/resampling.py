@@ -11,9 +11,11 @@ from timing import processor
 
 from metrics.likelihood import LikelihoodOptions, fill_pool, log_likelihoods, mean_and_error
 from models.folding import folded
-from pipelines.config import BASELINE, read
+from pipelines.config import read
 from pipelines.evaluation import spread
-from pipelines.work import Seeded
+from pipelines.recipe import Recipe
+from pipelines.results import BASELINE
+from pipelines.stored import Stored
 from runtime import hardware
 
 EXPERIMENT, PRIOR, IMAGES, PROPOSALS = "mnist-nvae-lite", "ncp", 60, 50
@@ -24,13 +26,13 @@ def main() -> None:
     """All cases on the same images, in turn, one thread."""
     hardware.reproducible(1)
     hardware.keep_freed_memory()
-    seeded = Seeded(read(Path("params.yaml")), EXPERIMENT, 0, Path.cwd())
-    model = folded(seeded.vae)
-    priors = {name: seeded.prior(name, model) for name in (BASELINE, PRIOR)}
+    stored = Stored(Recipe(read(Path("params.yaml")), EXPERIMENT, 0, Path.cwd()))
+    model = folded(stored.vae)
+    priors = {name: stored.prior(name, model) for name in (BASELINE, PRIOR)}
     pools = {PRIOR: fill_pool(model, priors[PRIOR], 0, 2**16)}
     gains: dict[tuple[int, int], list[torch.Tensor]] = {case: [] for case in CASES}
     seconds = dict.fromkeys(CASES, 0.0)
-    for row, x in enumerate(spread(seeded.dataset.examples("test"), IMAGES)[:, None]):
+    for row, x in enumerate(spread(stored.dataset.examples("test"), IMAGES)[:, None]):
         for case in CASES:
             size, resamples = case
             options = LikelihoodOptions(

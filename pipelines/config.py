@@ -12,6 +12,7 @@ from metrics.features import NETWORKS
 from metrics.likelihood import LikelihoodOptions
 from models.registry import MODELS
 from models.trainer import TrainOptions
+from pipelines.results import BASELINE
 from priors.protocol import GroupPrior
 from priors.registry import PRIORS, SAMPLERS
 from priors.sampling import Decoding
@@ -19,9 +20,6 @@ from runtime.errors import UserError
 from runtime.options import Options
 
 Count = Annotated[int, Field(ge=1)]
-
-BASELINE = "normal"
-"""Name of the prior that every gain is measured over: the VAE's own."""
 
 
 def _choice(key: str, registry: Mapping[str, Any], **common: Any) -> Any:

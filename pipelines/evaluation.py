@@ -22,10 +22,12 @@ from metrics.likelihood import (
 )
 from models.folding import folded
 from models.protocol import HierarchicalVAE, posterior_pass
-from pipelines.config import BASELINE, plain
-from pipelines.fingerprints import AGGREGATE, DATA, fingerprint
-from pipelines.results import Row
-from pipelines.work import Seeded, under_floor
+from pipelines.config import plain
+from pipelines.fingerprints import fingerprint
+from pipelines.recipe import Recipe
+from pipelines.results import AGGREGATE, BASELINE, DATA, Row
+from pipelines.stored import Stored
+from pipelines.work import under_floor
 from priors.protocol import Prior
 from priors.registry import SAMPLERS
 from runtime import hardware
@@ -42,41 +44,44 @@ CURVE_POINTS = 25
 class Evaluation:
     """The measurements of one seed."""
 
-    at: Seeded
+    stored: Stored
     report: Report
     examples: int | None = None  # for a quick look: this many test examples, for the likelihoods
 
     @cached_property
     def _model(self) -> HierarchicalVAE:
         """What likelihoods are computed by."""
-        return folded(self.at.vae)
+        return folded(self.stored.vae)
 
     def rows(self) -> Iterator[Row]:
         """All of them."""
-        for prior, sampler in self.at.draws():  # likelihoods take long: better to miss samples before them than after
-            self.at.samples(prior, sampler)
+        for (
+            prior,
+            sampler,
+        ) in self.stored.recipe.draws():  # likelihoods take long: better to miss samples before them than after
+            self.stored.samples(prior, sampler)
         yield from self._training()
         yield from self._likelihoods()
-        for prior, options in self.at.experiment.priors.items():
+        for prior, options in self.stored.recipe.experiment.priors.items():
             for sampler in options.samplers:
                 yield from self._samples(prior, sampler)
         yield from self._yardsticks()
 
     def _row(self, prior: str, metric: str, value: float, stderr: float, n: int, **more: Any) -> Row:
-        at, sampler = self.at, more.get("sampler", "")
-        made_by = fingerprint(at.experiment, prior, sampler, metric, at.stored_sources(prior, sampler))
+        stored, sampler = self.stored, more.get("sampler", "")
+        made_by = fingerprint(stored.recipe.experiment, prior, sampler, metric, stored.sources(prior, sampler))
         assert made_by is not None
         common: dict[str, Any] = {
-            "experiment": at.name,
-            "dataset": at.experiment.dataset,
-            "model": f"{at.experiment.model.name}/{at.experiment.model.likelihood}",
+            "experiment": stored.recipe.name,
+            "dataset": stored.recipe.experiment.dataset,
+            "model": f"{stored.recipe.experiment.model.name}/{stored.recipe.experiment.model.likelihood}",
             "sampler": "",
             "samples": 0,
             "normaliser": 0,
             "proposals": 0,
             "step": 0,
-            "seed": at.seed,
-            "vae_seed": at.vae_seed,
+            "seed": stored.recipe.seed,
+            "vae_seed": stored.recipe.vae_seed,
             "seconds": 0.0,
             "device": hardware.device_name(),
             "precision": "fp32",
@@ -88,15 +93,17 @@ class Evaluation:
         return Row(prior=prior, metric=metric, value=value, stderr=stderr, n=n, **(common | more))
 
     def _training(self) -> Iterator[Row]:
-        at = self.at
-        precision = {"precision": at.vae_document.get("precision", "")}
-        yield self._row(BASELINE, "train-seconds", at.vae_document["seconds"], 0.0, at.vae_document["step"], **precision)
-        for name in (name for name, options in at.experiment.priors.items() if options.method != "normal"):
-            documents = [at.prior_document(name, k) for k in range(at.vae.groups)]
+        stored = self.stored
+        precision = {"precision": stored.vae_document.get("precision", "")}
+        yield self._row(
+            BASELINE, "train-seconds", stored.vae_document["seconds"], 0.0, stored.vae_document["step"], **precision
+        )
+        for name in (name for name, options in stored.recipe.experiment.priors.items() if options.method != "normal"):
+            documents = [stored.prior_document(name, k) for k in range(stored.vae.groups)]
             precision = {"precision": documents[0].get("precision", "")}
             seconds, steps = (sum(document[key] for document in documents) for key in ("seconds", "step"))
             yield self._row(name, "train-seconds", seconds, 0.0, steps // len(documents), **precision)
-            for k in range(at.vae.groups):
+            for k in range(stored.vae.groups):
                 yield from self._training_of_group(name, k, precision)
 
     def _training_of_group(self, name: str, k: int, precision: dict[str, str]) -> Iterator[Row]:
@@ -104,32 +111,32 @@ class Evaluation:
 
         A prior without parameters of its own is as well trained as what it is put on.
         """
-        documents = [self.at.prior_document(below, k) for below in self.at.chain(name)]
+        documents = [self.stored.prior_document(below, k) for below in self.stored.recipe.experiment.chain(name)]
         for step, loss, _ in _thinned(documents[0].get("held_out", [])):
             yield self._row(name, f"held-out/k{k:02d}", loss, 0.0, 1, step=int(step), **precision)
         trained = [document for document in documents if document.get("held_out")]
         if trained:
             plateaued = all(document.get("ended") == "plateau" for document in trained)
             yield self._row(name, f"plateaued/k{k:02d}", float(plateaued), 0.0, 1, **precision)
-            kept = trained[0].get("kept", trained[0]["step"])
+            kept = float(trained[0].get("kept") or trained[0]["step"])
             yield self._row(name, f"kept-step/k{k:02d}", kept, 0.0, 1, **precision)
 
     @property
     def _limit(self) -> int:
         """How many test examples likelihoods are measured on."""
-        limits = (self.examples, self.at.experiment.evaluate.examples, len(self.at.dataset.examples("test")))
+        limits = (self.examples, self.stored.recipe.experiment.evaluate.examples, len(self.stored.dataset.examples("test")))
         return min(limit for limit in limits if limit is not None)
 
     def _likelihoods(self) -> Iterator[Row]:
-        at, options = self.at, self.at.experiment.evaluate.likelihood
-        priors = {name: at.prior(name, self._model) for name in at.experiment.priors}
+        stored, options = self.stored, self.stored.recipe.experiment.evaluate.likelihood
+        priors = {name: stored.prior(name, self._model) for name in stored.recipe.experiment.priors}
         pools = {
-            name: fill_pool(self._model, prior, at.seed, options.pool, self.report)
+            name: fill_pool(self._model, prior, stored.recipe.seed, options.pool, self.report)
             for name, prior in priors.items()
             if not prior.exact
         }
         found = self._measured(priors, pools, options)
-        truth = spec(at.experiment.dataset).truth
+        truth = spec(stored.recipe.experiment.dataset).truth
         density = None if truth is None else truth.log_density(self._examples.double())
         for key, values in found.items():
             if key not in ("seconds", "block"):
@@ -138,34 +145,39 @@ class Evaluation:
     @cached_property
     def _examples(self) -> Tensor:
         """The test examples that likelihoods are measured on."""
-        return spread(self.at.dataset.examples("test"), self._limit)
+        return spread(self.stored.dataset.examples("test"), self._limit)
 
     def _measured(self, priors: dict[str, Prior], pools: dict[str, Pool], options: LikelihoodOptions) -> dict[str, Tensor]:
         """Per-example numbers of all priors on the same test examples (:func:`spread`), kept on disk block by block.
 
         They are log-likelihoods, NCE losses of the priors that have a normaliser, and the model's KL terms.
         """
-        at, examples = self.at, self._examples
+        stored, examples = self.stored, self._examples
 
         def compute(rows: range) -> dict[str, Tensor]:
             x = examples[rows.start : rows.stop].to(hardware.device())
-            found = log_likelihoods(self._model, priors, pools, x, rows, at.seed, options)
+            found = log_likelihoods(self._model, priors, pools, x, rows, stored.recipe.seed, options)
             for prior in pools:
-                losses = contrastive_losses(self._model, priors[prior], x, rows, at.seed)
+                losses = contrastive_losses(self._model, priors[prior], x, rows, stored.recipe.seed)
                 found |= {f"{prior}/nce-loss/k{k:02d}": loss for k, loss in enumerate(losses)}
-            terms = divergences(self._model, x, rows, at.seed)
+            terms = divergences(self._model, x, rows, stored.recipe.seed)
             return found | {f"{BASELINE}/kl/k{k:02d}": term for k, term in enumerate(terms)}
 
         config = {
-            "vae digest": at.vae_document["digest"],
-            "prior digests": {name: at.chain_digests(name) for name in priors},
+            "vae digest": stored.vae_document["digest"],
+            "prior digests": {name: stored.identities.chain_digests(name, stored.vae.groups) for name in priors},
             "likelihood": plain(options),
             "examples": len(examples),
         }
-        modules = {module for name in priors for module in at.chain_modules(name)}
-        identity = Identity(at.name, at.seed, config, source_digest("metrics.likelihood", *sorted(modules)))
-        path = at.workspace.evaluation(at.name) / f"likelihood-{len(examples)}-seed-{at.seed}.safetensors"
-        return in_blocks(path, identity, len(examples), at.experiment.evaluate.batch, compute, self.report)
+        modules = {module for name in priors for module in stored.recipe.chain_modules(name)}
+        identity = Identity(
+            stored.recipe.name, stored.recipe.seed, config, source_digest("metrics.likelihood", *sorted(modules))
+        )
+        path = (
+            stored.recipe.workspace.evaluation(stored.recipe.name)
+            / f"likelihood-{len(examples)}-seed-{stored.recipe.seed}.safetensors"
+        )
+        return in_blocks(path, identity, len(examples), stored.recipe.experiment.evaluate.batch, compute, self.report)
 
     def _likelihood_rows(
         self, key: str, values: Tensor, found: dict[str, Tensor], pools: dict[str, Pool], density: Tensor | None
@@ -174,7 +186,7 @@ class Evaluation:
 
         Curves over S are of the largest N and M, those over N and M of the largest S.
         """
-        options = self.at.experiment.evaluate.likelihood
+        options = self.stored.recipe.experiment.evaluate.likelihood
         prior, _, what = key.partition("/")
         kind, *details = what.split("/")
         value, stderr, n = mean_and_error(values)
@@ -204,49 +216,49 @@ class Evaluation:
 
     def _normalised_on(self, kind: str, size: int) -> str:
         """For how many of S samples a corrected prior's normalisers were estimated, where it is not all of them."""
-        resamples = self.at.experiment.evaluate.likelihood.resamples
-        few = kind in ("plugin", "sampler") and self.at.vae.groups > 1 and size > resamples
+        resamples = self.stored.recipe.experiment.evaluate.likelihood.resamples
+        few = kind in ("plugin", "sampler") and self.stored.vae.groups > 1 and size > resamples
         return f"normalisers of {resamples} resampled" if few else ""
 
     @cached_property
     def _posterior_pass(self) -> tuple[list[Tensor], Tensor]:
         """z_k ~ q(z_k) for test examples, group by group, and what they decode to (as samples are decoded)."""
-        at, device = self.at, hardware.device()
-        x = spread(at.dataset.examples("test"), at.experiment.sample.images).to(device)
+        stored, device = self.stored, hardware.device()
+        x = spread(stored.dataset.examples("test"), stored.recipe.experiment.sample.images).to(device)
         rows, codes = range(len(x)), []
         with torch.no_grad():
             context = posterior_pass(
-                at.vae,
+                stored.vae,
                 x,
-                lambda k: Noise(at.seed, "aggregate", k, rows=rows, device=device),
+                lambda k: Noise(stored.recipe.seed, "aggregate", k, rows=rows, device=device),
                 lambda k, context, posterior, z: codes.append(z.cpu()),  # noqa: ARG005
             )
-            decoded = at.vae.decode(context)
-            noise = Noise(at.seed, "aggregate-decoder", rows=rows, device=device)
-            images = decoded.mean if at.experiment.sample.decoding == "mean" else decoded.draw(noise)
+            decoded = stored.vae.decode(context)
+            noise = Noise(stored.recipe.seed, "aggregate-decoder", rows=rows, device=device)
+            images = decoded.mean if stored.recipe.experiment.sample.decoding == "mean" else decoded.draw(noise)
         return codes, images.cpu()
 
     def _samples(self, prior: str, sampler: str) -> Iterator[Row]:
-        at = self.at
-        drawn = at.samples(prior, sampler)
-        options = at.experiment.samplers[sampler]
+        stored = self.stored
+        drawn = stored.samples(prior, sampler)
+        options = stored.recipe.experiment.samplers[sampler]
         n, seconds = len(drawn["x"]), drawn["seconds"]
         common = {
             "sampler": sampler,
             "proposals": getattr(options, "proposals", 0),
             "seconds": seconds.sum().item(),
-            "precision": at.samples_document(prior, sampler)["precision"],
+            "precision": stored.samples_document(prior, sampler)["precision"],
         }
 
         def row(metric: str, value: float, stderr: float, **more: Any) -> Row:
             return self._row(prior, metric, value, stderr, n, **common, **more)
 
         yield row("seconds-per-image", *mean_and_error_over_blocks(seconds, drawn["block"])[:2])
-        proposals = torch.stack([drawn[f"proposals/k{k:02d}"] for k in range(at.vae.groups)]).sum(0)
+        proposals = torch.stack([drawn[f"proposals/k{k:02d}"] for k in range(stored.vae.groups)]).sum(0)
         yield row("proposals-per-image", *mean_and_error(proposals)[:2])
         for group, share in under_floor(drawn).items():
             yield row(f"ess-floor-share/{group}", share, (share * (1 - share) / n) ** 0.5)
-        for k in range(at.vae.groups):
+        for k in range(stored.vae.groups):
             yield row(f"ess-fraction/k{k:02d}", *mean_and_error(drawn[f"ess/k{k:02d}"])[:2])
             if SAMPLERS[options.method](options).accepts:
                 yield row(f"acceptance/k{k:02d}", *mean_and_error(drawn[f"acceptance/k{k:02d}"])[:2])
@@ -256,39 +268,39 @@ class Evaluation:
 
     def _quality(self, prior: str, x: Tensor, **common: Any) -> Iterator[Row]:
         """How good decoded samples are: off the modes where the modes are known, FID and KID where there is a network."""
-        at = self.at
-        if truth := spec(at.experiment.dataset).truth:
+        stored = self.stored
+        if truth := spec(stored.recipe.experiment.dataset).truth:
             share, stderr = modes.off_mode_share(x, truth.means, truth.sigma)
             yield self._row(prior, "off-mode-share", share, stderr, len(x), **common)
             yield self._row(prior, "modes-hit", modes.modes_hit(x, truth.means, truth.sigma), 0.0, len(x), **common)
-        if at.experiment.evaluate.features is not None:
+        if stored.recipe.experiment.evaluate.features is not None:
             network, reference = self._network, self._reference
-            settings = at.experiment.sample
+            settings = stored.recipe.experiment.sample
             cold = f"; temperature {settings.temperature:g}" if settings.temperature != 1 else ""
             name = f"{network.name}@{network.digest[:8]}; {settings.decoding} decoding{cold}"
             ours = network(x)
             for metric, measure in (("fid", frechet.fid), ("kid", kid.kid)):
-                value, stderr = measure(ours, reference, at.seed)
+                value, stderr = measure(ours, reference, stored.recipe.seed)
                 found = f"{metric}-{network.name}-{len(x)}"
                 yield self._row(prior, found, value, stderr, len(x), features=name, **common)
 
     def _yardsticks(self) -> Iterator[Row]:
         """What the numbers are to be read against: the data's own, and the aggregate posterior's."""
-        at = self.at
+        stored = self.stored
         yield from self._quality(AGGREGATE, self._posterior_pass[1])
-        if truth := spec(at.experiment.dataset).truth:
+        if truth := spec(stored.recipe.experiment.dataset).truth:
             yield self._row(DATA, "loglik", *mean_and_error(truth.log_density(self._examples.double())))
-            yield from self._quality(DATA, at.dataset.examples("test"))
-        if at.experiment.evaluate.features is not None:
-            yield from self._quality(DATA, at.dataset.images("test"))
+            yield from self._quality(DATA, stored.dataset.examples("test"))
+        if stored.recipe.experiment.evaluate.features is not None:
+            yield from self._quality(DATA, stored.dataset.images("test"))
 
     @cached_property
     def _network(self) -> features.FeatureNetwork:
-        return load_features(self.at, self.report)
+        return load_features(self.stored, self.report)
 
     @cached_property
     def _reference(self) -> Tensor:
-        return self._network(self.at.dataset.images("train"))
+        return self._network(self.stored.dataset.images("train"))
 
 
 def spread(examples: Tensor, count: int) -> Tensor:
@@ -310,27 +322,27 @@ def _bandwidths(values: list[float]) -> str:
     return "rbf " + " ".join(f"{value:.4g}" for value in values)
 
 
-def _features_identity(at: Seeded) -> Identity:
-    return Identity(at.name, 0, {"dataset digest": at.dataset.digest}, source_digest("metrics.features"))
+def _features_identity(stored: Stored) -> Identity:
+    return Identity(stored.recipe.name, 0, {"dataset digest": stored.dataset.digest}, source_digest("metrics.features"))
 
 
-def load_features(at: Seeded, report: Report) -> features.FeatureNetwork:
+def load_features(stored: Stored, report: Report) -> features.FeatureNetwork:
     """The experiment's feature network; the small classifier is trained, or found trained, on the training images."""
-    name, data = at.experiment.evaluate.features, at.dataset
+    name, data = stored.recipe.experiment.evaluate.features, stored.dataset
     if name in features.INCEPTIONS:
         return features.INCEPTIONS[name]()
-    path = at.workspace.evaluation(at.name) / "features.safetensors"
+    path = stored.recipe.workspace.evaluation(stored.recipe.name) / "features.safetensors"
     training, held_out = (features.Labelled(data.images(split), data.labels(split)) for split in ("train", "validation"))
-    return features.OwnClassifier(data.name, training, held_out, path, _features_identity(at), report)
+    return features.OwnClassifier(data.name, training, held_out, path, _features_identity(stored), report)
 
 
-def features_task(report: Report, at: Seeded) -> None:
+def features_task(report: Report, recipe: Recipe) -> None:
     """Make the feature network once, before the seeds share it."""
-    with exclusive(at.workspace.locks, f"{at.name}/features"):
-        load_features(at, report)
+    with exclusive(recipe.workspace.locks, f"{recipe.name}/features"):
+        load_features(Stored(recipe), report)
 
 
-def evaluation_task(report: Report, at: Seeded, examples: int | None) -> list[Row]:
+def evaluation_task(report: Report, recipe: Recipe, examples: int | None) -> list[Row]:
     """All measurements of one seed; see :class:`Evaluation`."""
-    with exclusive(at.workspace.locks, f"{at.name}/evaluation/seed-{at.seed}"):
-        return list(Evaluation(at, report, examples).rows())
+    with exclusive(recipe.workspace.locks, f"{recipe.name}/evaluation/seed-{recipe.seed}"):
+        return list(Evaluation(Stored(recipe), report, examples).rows())

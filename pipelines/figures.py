@@ -18,8 +18,9 @@ from datasets.registry import Truth, spec
 from models.distributions import DiagonalNormal
 from models.protocol import posterior_pass
 from pipelines import results
-from pipelines.config import BASELINE, Config, Experiment, plain
-from pipelines.work import Seeded
+from pipelines.config import Config, Experiment, plain
+from pipelines.results import BASELINE
+from pipelines.stored import Stored
 from runtime import hardware
 from runtime.errors import UserError
 from runtime.files import atomic_path
@@ -73,24 +74,24 @@ def of_results(frame: pd.DataFrame, folder: Path, bases: Collection[str]) -> Ite
             yield _save(figure, folder / f"{dataset}-gain.png")
 
 
-def of_artifacts(seeded: Seeded, folder: Path) -> Iterator[Path]:
+def of_artifacts(stored: Stored, folder: Path) -> Iterator[Path]:
     """Draw the pictures of one seed's latents and samples; nothing where its artifacts are not here.
 
     Yields:
         The paths written.
     """
-    truth = spec(seeded.experiment.dataset).truth
+    truth = spec(stored.recipe.experiment.dataset).truth
     try:
-        layout = seeded.vae.layout()
-        drawn = {(prior, sampler): seeded.samples(prior, sampler)["x"] for prior, sampler in seeded.draws()}
+        layout = stored.vae.layout()
+        drawn = {(prior, sampler): stored.samples(prior, sampler)["x"] for prior, sampler in stored.recipe.draws()}
     except UserError:
         return
-    made_from = picture_digest(seeded.experiment)
-    corrected = next((prior for prior in seeded.experiment.priors if not seeded.prior(prior).exact), None)
+    made_from = picture_digest(stored.recipe.experiment)
+    corrected = next((prior for prior in stored.recipe.experiment.priors if not stored.prior(prior).exact), None)
     if corrected is not None and [group.latent for group in layout] == [(2,)]:
-        yield _save(_hole(seeded, corrected), folder / f"{seeded.name}-hole.png", made_from)
+        yield _save(_hole(stored, corrected), folder / f"{stored.recipe.name}-hole.png", made_from)
     picture = _against_modes(drawn, truth) if truth is not None else _grids(drawn)
-    yield _save(picture, folder / f"{seeded.name}-samples.png", made_from)
+    yield _save(picture, folder / f"{stored.recipe.name}-samples.png", made_from)
 
 
 def picture_digest(experiment: Experiment) -> str:
@@ -295,7 +296,7 @@ def _training(experiment: str, frame: pd.DataFrame) -> Figure | None:
     figure, axes = _panels(len(priors), 4.0)
     groups = sorted(curves.metric.unique())
     shades = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(groups))) if len(groups) > 1 else [COLOURS[0]]
-    named = set(groups[:: -(-len(groups) // MOST_LABELS)])
+    named = set(groups[:: -(-len(groups) // (MOST_LABELS - 1))])  # one more label is for the states kept
     for axis, prior in zip(axes, priors, strict=True):
         for metric, colour in zip(groups, shades, strict=True):
             curve = curves[(curves.prior == prior) & (curves.metric == metric)].sort_values("step")
@@ -460,22 +461,22 @@ def _nce_against_ess(experiment: str, frame: pd.DataFrame) -> Figure | None:
 
 
 @torch.no_grad()
-def _hole(seeded: Seeded, corrected: str) -> Figure:
+def _hole(stored: Stored, corrected: str) -> Figure:
     """The aggregate posterior over the prior's contours, the learned log r, and what is drawn from the learned prior."""
-    device, prior, options = hardware.device(), seeded.prior(corrected), seeded.experiment.priors[corrected]
-    x = seeded.dataset.examples("test")[:POINTS].to(device)
+    device, prior, options = hardware.device(), stored.prior(corrected), stored.recipe.experiment.priors[corrected]
+    x = stored.dataset.examples("test")[:POINTS].to(device)
     rows, codes = range(len(x)), []
 
     def keep(_k: int, _context: torch.Tensor, _posterior: DiagonalNormal, z: torch.Tensor) -> None:
         codes.append(z.cpu())
 
-    posterior_pass(seeded.vae, x, lambda k: Noise(seeded.seed, "figure", k, rows=rows, device=device), keep)
+    posterior_pass(stored.vae, x, lambda k: Noise(stored.recipe.seed, "figure", k, rows=rows, device=device), keep)
     # SIR with the most proposals, if the prior is drawn by SIR at all.
-    sampler = max(options.samplers, key=lambda name: getattr(seeded.experiment.samplers[name], "proposals", 0))
-    drawn = seeded.samples(corrected, sampler)["z/k00"]
+    sampler = max(options.samplers, key=lambda name: getattr(stored.recipe.experiment.samplers[name], "proposals", 0))
+    drawn = stored.samples(corrected, sampler)["z/k00"]
     ticks = torch.linspace(-PLANE, PLANE, CELLS)
     plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).view(-1, 1, 2).to(device)
-    context = seeded.vae.start(1)
+    context = stored.vae.start(1)
     log_r = prior.log_ratio(0, plane, context).view(CELLS, CELLS).cpu()
     log_p = prior.base(0, context).log_prob(plane).view(CELLS, CELLS).cpu()
     figure, axes = _panels(3, 4.2)

@@ -13,14 +13,9 @@ from typing import Any
 from metrics import features
 from models.registry import MODELS
 from pipelines.config import Config, Experiment, plain
+from pipelines.results import AGGREGATE, DATA
 from priors.registry import PRIORS, SAMPLERS
 from runtime.identity import source_digest
-
-AGGREGATE = "aggregate-posterior"
-"""Stands in the prior column for samples decoded from q(z): what a perfect prior would reach with this decoder."""
-
-DATA = "data"
-"""Stands in the prior column for the data themselves: the exact density, or real against real."""
 
 LIKELIHOODS = "loglik|truth-gap|kl/|elbo-gain/|nce-loss/|log-z/"
 

@@ -75,6 +75,9 @@ def metric(name: str) -> Metric:
 BASELINE = "normal"
 """Name of the prior that every gain is measured over: the VAE's own, which no second stage trains."""
 
+AGGREGATE = "aggregate-posterior"
+"""Stands in the prior column for samples decoded from q(z): what a perfect prior would reach with this decoder."""
+
 DATA = "data"
 """Stands in the prior column for the data themselves: the exact density, or real against real. No VAE is involved."""
 

@@ -18,7 +18,9 @@ from pipelines import claims, fanout, fingerprints, report, results, tracking
 from pipelines.config import Config, Experiment, plain, read, validate
 from pipelines.evaluation import evaluation_task, features_task
 from pipelines.fanout import Machine, Task
-from pipelines.work import Seeded, prior_task, sample_task, vae_task
+from pipelines.recipe import Recipe
+from pipelines.stored import Stored
+from pipelines.work import prior_task, sample_task, vae_task
 from pipelines.workspace import Workspace
 from priors.registry import SAMPLERS
 from priors.samplers import ESS_FLOOR
@@ -47,10 +49,10 @@ class Pipeline:
         """The validated configuration."""
         return validate(read(self.workspace.params))
 
-    def _seeds(self, name: str) -> tuple[Experiment, list[Seeded]]:
+    def _seeds(self, name: str) -> tuple[Experiment, list[Recipe]]:
         raw = read(self.workspace.params)
         experiment = validate(raw).experiment(name)
-        return experiment, [Seeded(raw, name, seed, self.root) for seed in experiment.seeds]
+        return experiment, [Recipe(raw, name, seed, self.root) for seed in experiment.seeds]
 
     def _run(self, stage: str, name: str, tasks: list[Task]) -> list[Any]:
         return fanout.run(tasks, self.machine, self.workspace.progress / f"{stage}-{name}")
@@ -63,14 +65,14 @@ class Pipeline:
     def train_vae(self, name: str) -> None:
         """Stage 1: train the VAE of every seed."""
         experiment, seeds = self._seeds(name)
-        seeds = list({at.vae_seed: at for at in seeds}.values())
-        _prune(self.workspace, self.workspace.artifacts(name) / "vae", [{f"seed-{at.vae_seed}" for at in seeds}])
+        seeds = list({recipe.vae_seed: recipe for recipe in seeds}.values())
+        _prune(self.workspace, self.workspace.artifacts(name) / "vae", [{f"seed-{recipe.vae_seed}" for recipe in seeds}])
         documents = self._run(
-            "train-vae", name, [Task(f"VAE, seed {at.vae_seed}", vae_task, {"at": at.fresh()}) for at in seeds]
+            "train-vae", name, [Task(f"VAE, seed {recipe.vae_seed}", vae_task, {"recipe": recipe}) for recipe in seeds]
         )
         runs = {
-            at.vae_seed: {"loss": one["history"], "train-seconds": one["seconds"]}
-            for at, one in zip(seeds, documents, strict=True)
+            recipe.vae_seed: {"loss": document["history"], "train-seconds": document["seconds"]}
+            for recipe, document in zip(seeds, documents, strict=True)
         }
         tracking.record(
             self.root, "train-vae", name, runs, {"model": plain(experiment.model), "train": plain(experiment.train)}
@@ -81,7 +83,7 @@ class Pipeline:
         experiment, seeds = self._seeds(name)
         own = {f"seed-{seed}" for seed in experiment.seeds}
         _prune(self.workspace, self.workspace.artifacts(name) / "priors", [experiment.priors.keys(), own])
-        groups = seeds[0].vae.groups
+        groups = Stored(seeds[0]).vae.groups
         for prior, options in experiment.priors.items():
             if max(options.groups or [0]) >= groups:
                 raise UserError(
@@ -92,17 +94,19 @@ class Pipeline:
         for prior, options in experiment.priors.items():  # a base is listed before what is put on it
             depth[prior] = 0 if options.base is None else depth[options.base] + 1
         for wave in sorted(set(depth.values())):
-            chosen = [(at, prior, shard) for prior in depth if depth[prior] == wave for at in seeds for shard in shards]
+            chosen = [
+                (recipe, prior, shard) for prior in depth if depth[prior] == wave for recipe in seeds for shard in shards
+            ]
             tasks = [
                 Task(
-                    f"{prior}, seed {at.seed}, groups {shard}",
+                    f"{prior}, seed {recipe.seed}, groups {shard}",
                     prior_task,
-                    {"at": at.fresh(), "prior": prior, "groups": shard},
+                    {"recipe": recipe, "prior": prior, "groups": shard},
                 )
-                for at, prior, shard in chosen
+                for recipe, prior, shard in chosen
             ]
             self._run(f"train-prior-{wave}", name, tasks)
-        runs = {at.seed: _learning_curves(at, experiment, groups) for at in seeds}
+        runs = {recipe.seed: _learning_curves(Stored(recipe), experiment, groups) for recipe in seeds}
         tracking.record(
             self.root, "train-prior", name, runs, {"priors": {k: plain(v) for k, v in experiment.priors.items()}}
         )
@@ -113,17 +117,19 @@ class Pipeline:
         chosen = seeds[0].draws()
         drawn, own = {f"{prior}+{sampler}" for prior, sampler in chosen}, {f"seed-{seed}" for seed in experiment.seeds}
         _prune(self.workspace, self.workspace.artifacts(name) / "samples", [drawn, own])
-        keys = [(at, prior, sampler) for prior, sampler in chosen for at in seeds]
+        keys = [(recipe, prior, sampler) for prior, sampler in chosen for recipe in seeds]
         tasks = [
             Task(
-                f"{prior} by {sampler}, seed {at.seed}", sample_task, {"at": at.fresh(), "prior": prior, "sampler": sampler}
+                f"{prior} by {sampler}, seed {recipe.seed}",
+                sample_task,
+                {"recipe": recipe, "prior": prior, "sampler": sampler},
             )
-            for at, prior, sampler in keys
+            for recipe, prior, sampler in keys
         ]
         shares = self._run("sample", name, tasks)
-        runs: dict[int, dict[str, float]] = {at.seed: {} for at in seeds}
-        for (at, prior, sampler), found in zip(keys, shares, strict=True):
-            runs[at.seed] |= {f"{prior}/{sampler}/ess-floor-share/{group}": share for group, share in found.items()}
+        runs: dict[int, dict[str, float]] = {recipe.seed: {} for recipe in seeds}
+        for (recipe, prior, sampler), found in zip(keys, shares, strict=True):
+            runs[recipe.seed] |= {f"{prior}/{sampler}/ess-floor-share/{group}": share for group, share in found.items()}
         resampling = [key for key in chosen if SAMPLERS[experiment.samplers[key[1]].method].weighs]
         for prior, sampler in resampling:
             _warn_of_collapse(
@@ -134,11 +140,12 @@ class Pipeline:
     def publish(self, name: str) -> list[Path]:
         """Write small copies of an experiment's trained files, to be kept under version control. Returns their paths."""
         experiment, seeds = self._seeds(name)
-        files = {self.workspace.vae(name, at.vae_seed) for at in seeds} | {
-            self.workspace.prior(name, prior, at.seed, k)
+        groups = Stored(seeds[0]).vae.groups
+        files = {self.workspace.vae(name, recipe.vae_seed) for recipe in seeds} | {
+            self.workspace.prior(name, prior, recipe.seed, k)
             for prior in experiment.priors
-            for at in seeds
-            for k in range(at.vae.groups)
+            for recipe in seeds
+            for k in range(groups)
         }
         for path in files:
             checkpoints.publish(path, self.workspace.published(path))
@@ -158,16 +165,17 @@ class Pipeline:
         if not self.workspace.data(name).exists():
             self.fetch(name)  # published files can be measured right after a clone
         if experiment.evaluate.features is not None:
-            self._run("features", name, [Task("feature network", features_task, {"at": seeds[0].fresh()})])
+            self._run("features", name, [Task("feature network", features_task, {"recipe": seeds[0]})])
         tasks = [
-            Task(f"evaluation, seed {at.seed}", evaluation_task, {"at": at.fresh(), "examples": examples}) for at in seeds
+            Task(f"evaluation, seed {recipe.seed}", evaluation_task, {"recipe": recipe, "examples": examples})
+            for recipe in seeds
         ]
         found = self._run("evaluate", name, tasks)
         path = self.workspace.evaluation(name) / ("results.csv" if examples is None else f"results-{examples}.csv")
         results.write(path, results.frame([row for rows in found for row in rows]))
         runs = {
-            at.seed: {"/".join(filter(None, (row.prior, row.sampler, row.metric))): row.value for row in rows}
-            for at, rows in zip(seeds, found, strict=True)
+            recipe.seed: {_run_metric(row): row.value for row in rows if not row.step}
+            for recipe, rows in zip(seeds, found, strict=True)
         }
         tracking.record(self.root, "evaluate", name, runs, {"evaluate": plain(experiment.evaluate), "examples": examples})
         return path
@@ -183,7 +191,7 @@ class Pipeline:
         bases = [name for name, experiment in config.experiments.items() if experiment.trained_in is None]
         written += figures.of_results(results.over_seeds(table), folder, bases)
         for name, experiment in config.experiments.items():
-            written += figures.of_artifacts(Seeded(raw, name, experiment.seeds[0], self.root), folder)
+            written += figures.of_artifacts(Stored(Recipe(raw, name, experiment.seeds[0], self.root)), folder)
         figures.remove_stale(folder, written, config)
         return written
 
@@ -241,11 +249,18 @@ def _unnamed(folder: Path, levels: Sequence[Collection[str]]) -> Iterator[Path]:
             yield from _unnamed(path, levels[1:])
 
 
-def _learning_curves(at: Seeded, experiment: Experiment, groups: int) -> dict[str, Any]:
+def _run_metric(row: results.Row) -> str:
+    """What a row is called among a run's metrics: all that tells it from the others of its seed."""
+    sizes = {"S": row.samples, "N": row.normaliser, "M": row.proposals}
+    named = [f"{letter}{size}" for letter, size in sizes.items() if size and not row.sampler]
+    return "/".join(filter(None, (row.prior, row.sampler, row.metric, *named)))
+
+
+def _learning_curves(stored: Stored, experiment: Experiment, groups: int) -> dict[str, Any]:
     curves: dict[str, Any] = {}
     for prior in experiment.priors:
         for k in range(groups):
-            document = at.prior_document(prior, k)
+            document = stored.prior_document(prior, k)
             curves |= {f"{prior}/loss/k{k:02d}": document["history"], f"{prior}/train-seconds/k{k:02d}": document["seconds"]}
     return curves
 

@@ -13,12 +13,14 @@ import pytest
 import torch
 from tiny import double, kill_self, tiny, tiny_beyond, write_params
 
-from pipelines import fingerprints, results, work
+from pipelines import fingerprints, results
+from pipelines import stored as pipelines_stored
 from pipelines.config import read
 from pipelines.evaluation import spread
 from pipelines.fanout import Machine
+from pipelines.recipe import Recipe
 from pipelines.stages import Pipeline
-from pipelines.work import Seeded
+from pipelines.stored import Stored
 from pipelines.workspace import Workspace
 from runtime import checkpoints
 from runtime.errors import UserError
@@ -84,7 +86,7 @@ def _check_contents(table):
         "off-mode-share",
         "modes-hit",
     } <= metrics
-    assert {"loglik-plugin/N5", "loglik-plugin/N20", "ess-fraction/k00", "acceptance/k00", "nce-loss/k00"} <= metrics
+    assert {"loglik-plugin", "held-out/k00", "ess-fraction/k00", "acceptance/k00", "nce-loss/k00"} <= metrics
     assert set(flat[flat.metric == "loglik-sampler"].sampler) == {"sir-5", "sir-20"}
     deep = table[table.experiment == "deep"]
     assert {"fid-digits-30", "kid-digits-30", "ess-fraction/k02", "log-z/k02"} <= set(deep.metric)
@@ -210,9 +212,9 @@ def test_unfinished_samples_are_no_samples(checkout, how):
         path.rename(blocks.partial_path(path))
     else:  # as if a whole file held fewer rows than the experiment asks for
         tensors, _ = checkpoints.load(path, "")
-        seeded = Seeded(read(checkout / "params.yaml"), "flat", 0, checkout)
+        stored = Stored(Recipe(read(checkout / "params.yaml"), "flat", 0, checkout))
         cut = {name: values[:7] for name, values in tensors.items()}
-        checkpoints.save(path, cut, seeded.samples_identity("ncp", "sir-20"), rows=7)
+        checkpoints.save(path, cut, stored.samples_identity("ncp", "sir-20"), rows=7)
     with pytest.raises(UserError, match=r"(missing|unfinished); make it with: priorhole sample flat"):
         Pipeline(checkout).evaluate("flat")
 
@@ -291,8 +293,8 @@ def test_published_copies_serve_sampling_and_measuring_right_after_a_clone(check
     assert not (clone / "artifacts" / "flat" / "evaluation" / "results.csv").exists()
     # A prior that is learned on a copy is not the one that was learned on the original.
     copy.train_prior("flat")
-    at = Seeded(tiny(), "flat", 0, clone)
-    assert at.prior_identity("ncp", 0) != at.prior_identity("ncp", 0, published=True)
+    stored = Stored(Recipe(tiny(), "flat", 0, clone))
+    assert stored.identities.group("ncp", 0) != stored.identities.group("ncp", 0, published=True)
     # A copy of another configuration is refused.
     params = tiny()
     params["experiments"]["flat"]["model"]["width"] = 8
@@ -312,7 +314,7 @@ def test_what_is_trained_in_one_experiment_can_serve_another(checkout):
         getattr(pipeline, stage)("flat")
     pipeline.fetch("other")
     pipeline.sample("other")
-    first, second = (Seeded(params, name, 0, checkout) for name in ("flat", "other"))
+    first, second = (Stored(Recipe(params, name, 0, checkout)) for name in ("flat", "other"))
     assert torch.equal(first.samples("ncp", "sir-20")["x"], second.samples("ncp", "sir-20")["x"])
     assert not (checkout / "artifacts" / "other" / "vae").exists()
     # A prior of another configuration does not serve, and one of its own goes before.
@@ -322,7 +324,7 @@ def test_what_is_trained_in_one_experiment_can_serve_another(checkout):
         pipeline.sample("other")
     pipeline.train_prior("other")
     pipeline.sample("other")
-    changed = Seeded(params, "other", 0, checkout)
+    changed = Stored(Recipe(params, "other", 0, checkout))
     assert not torch.equal(first.samples("ncp", "sir-20")["ess/k00"], changed.samples("ncp", "sir-20")["ess/k00"])
 
 
@@ -384,7 +386,7 @@ def test_a_prior_without_parameters_follows_the_one_below_it(checkout):
     pipeline.train_prior("deep")
     for prior, sampler in (("amortised", "ancestral"), ("ncp-amortised", "langevin")):
         with pytest.raises(UserError, match="belongs to another configuration"):
-            Seeded(params, "deep", 0, checkout).samples(prior, sampler)
+            Stored(Recipe(params, "deep", 0, checkout)).samples(prior, sampler)
     pipeline.sample("deep")
     for old, path in zip(before, paths, strict=True):
         new = checkpoints.load(path, "")[0]
@@ -409,7 +411,7 @@ def test_files_made_by_earlier_code_are_used_and_said_to_be(checkout, capsys, pa
         key: document[key] for key in ("step", "seconds", "history", "held_out", "ended", "kept", "rows") if key in document
     }
     checkpoints.save(path, tensors, old, **kept)
-    work._say_once.cache_clear()
+    pipelines_stored._say_once.cache_clear()
     capsys.readouterr()
     pipeline = Pipeline(checkout, Machine(workers=1))
     table = results.read(pipeline.evaluate("flat"), "")
@@ -466,15 +468,15 @@ def test_groups_that_a_prior_leaves_alone_keep_the_base(checkout):
     pipeline = Pipeline(checkout, Machine(workers=1))
     for stage in (pipeline.fetch, pipeline.train_vae, pipeline.train_prior):
         stage("deep")
-    at = Seeded(read(checkout / "params.yaml"), "deep", 0, checkout)
-    prior, below = at.prior("evalp"), at.prior("normal")
-    context = at.vae.start(4)
-    for k in range(at.vae.groups):
+    stored = Stored(Recipe(read(checkout / "params.yaml"), "deep", 0, checkout))
+    prior, below = stored.prior("evalp"), stored.prior("normal")
+    context = stored.vae.start(4)
+    for k in range(stored.vae.groups):
         z = below.base(k, context).draw(Noise(0, "z", k))
         same = torch.equal(prior.proposal(k, context).log_prob(z), below.base(k, context).log_prob(z))
         uncorrected = not prior.log_ratio(k, z, context).any()
         assert same == uncorrected == (k > 0)
-        context = at.vae.advance(k, context, z)
+        context = stored.vae.advance(k, context, z)
 
 
 def test_every_prior_beyond_the_papers_goes_through_all_stages(checkout):

@@ -10,8 +10,9 @@ import pytest
 from tiny import tiny, write_params
 
 from pipelines.fanout import Machine
+from pipelines.recipe import Recipe
 from pipelines.stages import Pipeline
-from pipelines.work import Seeded
+from pipelines.stored import Stored
 from runtime import checkpoints
 
 ray = pytest.importorskip("ray")
@@ -41,7 +42,7 @@ def stage(checkout):
     expected = digests(checkout)
     for path in (checkout / "artifacts" / "deep" / "priors" / "ncp").rglob("*.safetensors"):
         path.unlink()
-    return Seeded(params, "deep", 0, checkout), expected
+    return Stored(Recipe(params, "deep", 0, checkout)), expected
 
 
 def digests(folder):
@@ -50,9 +51,9 @@ def digests(folder):
 
 
 def test_two_nodes_learn_the_classifiers_that_one_process_learns(cluster, stage):
-    at, expected = stage
-    Pipeline(at.root, Machine(shards=3)).train_prior("deep")
-    assert digests(at.root) == expected
+    stored, expected = stage
+    Pipeline(stored.recipe.root, Machine(shards=3)).train_prior("deep")
+    assert digests(stored.recipe.root) == expected
 
 
 def workers(node):
@@ -68,7 +69,7 @@ def workers(node):
     return found
 
 
-def disturbed(cluster, at, disturb):
+def disturbed(cluster, stored, disturb):
     """Stage 2 in two shards, with ``disturb(worker)`` called once the second node's worker is training.
 
     The first node's worker is held until then: else it might do both shards before the second node's has started.
@@ -82,7 +83,7 @@ def disturbed(cluster, at, disturb):
                 os.kill(worker, signal.SIGSTOP)
                 held.append(worker)
                 seen = None  # what it wrote before it was held says nothing of the second node's
-            progress = {path: path.read_text() for path in (at.root / "artifacts" / ".progress").rglob("*.json")}
+            progress = {path: path.read_text() for path in (stored.recipe.root / "artifacts" / ".progress").rglob("*.json")}
             running = workers(cluster.second)
             if running and seen is not None and progress != seen:
                 disturb(running[0])
@@ -94,18 +95,18 @@ def disturbed(cluster, at, disturb):
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    Pipeline(at.root, Machine(shards=2)).train_prior("deep")
+    Pipeline(stored.recipe.root, Machine(shards=2)).train_prior("deep")
     waiting.join()
     assert called.is_set(), "it ended before it could be disturbed"
 
 
 def test_a_killed_worker_is_replaced(cluster, stage):
-    at, expected = stage
-    disturbed(cluster, at, lambda worker: os.kill(worker, signal.SIGKILL))
-    assert digests(at.root) == expected
+    stored, expected = stage
+    disturbed(cluster, stored, lambda worker: os.kill(worker, signal.SIGKILL))
+    assert digests(stored.recipe.root) == expected
 
 
 def test_a_lost_node_is_survived(cluster, stage):
-    at, expected = stage
-    disturbed(cluster, at, lambda worker: cluster.remove_node(cluster.second, allow_graceful=False))
-    assert digests(at.root) == expected
+    stored, expected = stage
+    disturbed(cluster, stored, lambda worker: cluster.remove_node(cluster.second, allow_graceful=False))
+    assert digests(stored.recipe.root) == expected

@@ -1,0 +1,95 @@
+"""What every file of one seed is made from: settings, the digests of what lies below it, code and precision."""
+
+from typing import Any, Protocol
+
+from models.registry import MODELS
+from pipelines.config import plain
+from pipelines.recipe import Recipe
+from priors.protocol import GroupPrior
+from priors.registry import SAMPLERS
+from runtime import hardware
+from runtime.identity import Identity, source_digest
+
+
+class Documents(Protocol):
+    """The metadata of what is stored. Each raises UserError where it is missing or of another configuration."""
+
+    def dataset_digest(self) -> str:
+        """Of the data set."""
+        ...
+
+    @property
+    def vae_document(self) -> dict[str, Any]:
+        """Of the trained VAE."""
+        ...
+
+    def prior_document(self, prior: str, k: int) -> dict[str, Any]:
+        """Of one learned group."""
+        ...
+
+
+class Identities:
+    """The identities of one seed's files.
+
+    Args:
+        recipe: the seed.
+        documents: of the files that others are made from.
+    """
+
+    def __init__(self, recipe: Recipe, documents: Documents):
+        self._recipe, self._documents = recipe, documents
+
+    def vae(self) -> Identity:
+        """Of the VAE."""
+        recipe, experiment = self._recipe, self._recipe.experiment
+        config = {
+            "dataset": {"name": experiment.dataset, "digest": self._documents.dataset_digest()},
+            "model": plain(experiment.model),
+            "train": plain(experiment.train),
+            "seed": recipe.vae_seed,
+        }
+        source = source_digest("models.trainer", MODELS[experiment.model.name].__module__)
+        return Identity(recipe.name, recipe.vae_seed, config, source, _precision(experiment.train))
+
+    def group(self, prior: str, k: int, published: bool = False) -> Identity:
+        """Of group k of a prior; if ``published``, from originals of which small copies are here."""
+        recipe, options, method = self._recipe, self._recipe.experiment.priors[prior], self._recipe.method(prior, k)
+
+        def digest(document: dict[str, Any]) -> str:
+            return document.get("original", document["digest"]) if published else document["digest"]
+
+        # All that lies below, since a prior without parameters of its own has the same digest whatever it follows.
+        below = [digest(self._documents.prior_document(name, k)) for name in recipe.experiment.chain(prior)[1:]]
+        config = {
+            "vae digest": digest(self._documents.vae_document),
+            "prior": {} if method is GroupPrior else plain(options, "groups", "samplers"),
+            "group": k,
+            "seed": recipe.seed,
+            **({"digests below": below} if below else {}),
+        }
+        source = source_digest("priors.trainer", method.__module__)
+        return Identity(recipe.name, recipe.seed, config, source, _precision(options))
+
+    def chain_digests(self, prior: str, groups: int) -> list[str]:
+        """Of everything trained that a prior's numbers come from, group by group, down its chain."""
+        chain = self._recipe.experiment.chain(prior)
+        return [self._documents.prior_document(name, k)["digest"] for name in chain for k in range(groups)]
+
+    def samples(self, prior: str, sampler: str, groups: int) -> Identity:
+        """Of a file of samples."""
+        recipe, experiment = self._recipe, self._recipe.experiment
+        options = experiment.samplers[sampler]
+        config = {
+            "vae digest": self._documents.vae_document["digest"],
+            "prior digests": self.chain_digests(prior, groups),
+            "sampler": plain(options),
+            "sample": plain(experiment.sample, *(() if experiment.sample.readjust else ("batch",))),
+            "seed": recipe.seed,
+        }
+        source = source_digest("priors.sampling", *recipe.chain_modules(prior), SAMPLERS[options.method].__module__)
+        return Identity(recipe.name, recipe.seed, config, source, _precision(options))
+
+
+def _precision(options: Any) -> str:
+    """What the settings' ``precision`` comes to on this machine; fp32 for what has no such setting."""
+    return hardware.used(getattr(options, "precision", "fp32"), hardware.device().type)
