@@ -112,7 +112,8 @@ class Evaluation:
         A prior without parameters of its own is as well trained as what it is put on.
         """
         documents = [self.stored.prior_document(below, k) for below in self.stored.recipe.experiment.chain(name)]
-        for step, loss, _ in _thinned(documents[0].get("held_out", [])):
+        checks = getattr(self.stored.recipe.experiment.priors[name], "checks", 1)
+        for step, loss, _ in _thinned(documents[0].get("held_out", []), checks):
             yield self._row(name, f"held-out/k{k:02d}", loss, 0.0, 1, step=int(step), **precision)
         trained = [document for document in documents if document.get("held_out")]
         if trained:
@@ -312,10 +313,10 @@ def spread(examples: Tensor, count: int) -> Tensor:
     return examples[torch.arange(count) * len(examples) // count]
 
 
-def _thinned(curve: Sequence[Sequence[float]]) -> list[Sequence[float]]:
-    """At most CURVE_POINTS of a curve's points, evenly spread, the last one among them."""
-    every = -(-len(curve) // CURVE_POINTS) if curve else 1
-    return list(curve[::-1][::every][::-1])
+def _thinned(curve: Sequence[Sequence[float]], checks: int) -> Sequence[Sequence[float]]:
+    """At most CURVE_POINTS of a curve of up to ``checks`` points, at the same steps however early a training ended."""
+    every = -(-checks // CURVE_POINTS)
+    return curve[every - 1 :: every] or curve[-1:]
 
 
 def _bandwidths(values: list[float]) -> str:

@@ -177,7 +177,8 @@ def _legend_below(figure: Figure) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             labelled.setdefault(label, handle)
     if labelled:
-        columns = max(1, min(len(labelled), int(figure.get_figwidth() / 2.4)))
+        inches = 0.6 + 0.08 * max(map(len, labelled))  # of a column at this font size
+        columns = max(1, min(len(labelled), int(figure.get_figwidth() / inches)))
         figure.legend(list(labelled.values()), list(labelled), loc="outside lower center", ncols=columns, fontsize=8)
 
 

@@ -73,6 +73,12 @@ class Recipe:
         places = [place for original in originals for place in (original, self.workspace.published(original))]
         return next((place for place in places if place.exists()), path)
 
+    def owner(self, path: Path) -> str:
+        """The experiment that made a trained file, or a file of which a copy was published."""
+        artifacts = self.workspace.artifacts(self.name).parent
+        kept_in = next(folder for folder in (artifacts, self.workspace.published(artifacts)) if path.is_relative_to(folder))
+        return path.relative_to(kept_in).parts[0]
+
     def is_own(self, path: Path) -> bool:
         """Whether a trained file is this experiment's, not a published copy or another experiment's."""
         return path.is_relative_to(self.workspace.artifacts(self.name))

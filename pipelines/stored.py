@@ -146,7 +146,8 @@ class Stored:
         name = self.recipe.name
         tensors, document = checkpoints.load_verified(path, identity, f"priorhole {stage} {name}")
         if document["source"] != identity.source:
-            _say_once(f"note: {name}: {what} was made by earlier code; 'priorhole {stage} {name}' makes it anew")
+            owner = self.recipe.owner(path)
+            _say_once(f"note: {owner}: {what} was made by earlier code; 'priorhole {stage} {owner}' makes it anew")
         return tensors, document
 
 
