@@ -213,7 +213,9 @@ class _Likelihoods:
         for key, sums in self.sums.items():
             found |= {f"{key}/{count}": total - math.log(count) for count, total in sums.found.items()}
         if not self.shares_context:
-            found = self._normalised(found)
+            found |= self._normalised(found)
+        for name in self.corrected:  # before it is normalised, a corrected prior's sum is nobody's likelihood
+            found = {key: value for key, value in found.items() if key.rpartition("/")[0] != name}
         return found | {key: torch.cat(parts).mean(0) for key, parts in self.by_group.items()}
 
     def _stream(self, purpose: str, k: int, step: int, repeats: int) -> Noise:
@@ -273,16 +275,16 @@ class _Likelihoods:
         first = (torch.tensor(self.rows)[None] * parts + part) * self.options.resamples
         return (first + torch.arange(count)[:, None]).flatten()
 
-    def _normalised(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What was found, its corrected priors' sums of unnormalised weights replaced by normalised likelihoods."""
+    def _normalised(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The likelihoods of the corrected priors for S above T, from their mean weights before they are normalised."""
+        found = {}
         for name in self.corrected:
             for part, (size, codes) in enumerate(self.drawn[name].found.items(), 1):
                 resamples = self.options.resamples
                 flat = [z.flatten(0, 1) for z in codes]
                 norms = self._log_normalisers(name, flat, self._positions(part, resamples), part, resamples)
                 for key, norm in norms.items():
-                    found[f"{key}/{size}"] = found[f"{name}/{size}"] + (-norm).logsumexp(0) - math.log(resamples)
-            found = {key: value for key, value in found.items() if key.split("/")[:-1] != [name]}
+                    found[f"{key}/{size}"] = sums[f"{name}/{size}"] + (-norm).logsumexp(0) - math.log(resamples)
         return found
 
     def _log_normalisers(

@@ -179,6 +179,14 @@ def test_a_bound_rises_with_the_number_of_samples_and_each_is_read_off_the_same_
             assert torch.allclose(alone["base"], together[f"base/{size}"])
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_is_not_normalised_is_nobodys_likelihood(groups):
+    _, found = measure(LinearVAE(groups), [1, 30], [5], [5], n=4)
+    likelihoods = {key for key in found if not key.startswith(("tilted/log-z", "tilted/elbo-gain"))}
+    kinds = ["base", "tilted/plugin/5", "tilted/sampler/5"]
+    assert likelihoods == {f"{kind}/1" for kind in kinds} | set(kinds)
+
+
 def test_the_plugin_is_optimistic_by_what_jensen_says():
     """E log Ẑ ≤ log Z: with few base samples the plug-in exceeds the exact value, on average over examples."""
     _, found = measure(LinearVAE(), 300, [2, 2000], [2], n=400)

@@ -363,6 +363,7 @@ def test_every_likelihood_says_its_samples_and_is_paired_with_the_base_at_the_sa
         assert set(values.index.get_level_values(count)) == {5, 20}
         paired = values.value - [base[experiment, seed, size] for experiment, _, seed, size, _ in values.index]
         assert (paired - gains.value[paired.index]).abs().max() < 1e-5
+    assert set(likelihoods[likelihoods.metric == "loglik"].prior) == {"normal", "gmm"}  # the exact ones
     assert set(table[table.metric.str.startswith("kl/")].prior) == {"normal"}
     assert not table.fingerprint.str.contains("None").any()
 
