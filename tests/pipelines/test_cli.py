@@ -166,34 +166,39 @@ def test_list_marks_what_a_plain_repro_runs(checkout, monkeypatch, capsys):
     assert lines[1].startswith("* deep: digits")
 
 
-def test_compare_exits_1_when_a_tested_claim_fails(checkout, monkeypatch, capsys):
-    from pipelines import results
-    from pipelines.results import Row
+def test_compare_exits_1_when_a_verdict_is_not_the_expected_one(checkout, monkeypatch, capsys):
+    from pipelines import fingerprints, results
+    from pipelines.stages import Pipeline
 
-    def row(value):
-        return Row(
-            "gaussians25",
-            "gaussians25",
-            "mlp-vae/normal",
-            "ncp",
-            "sir-500",
-            "loglik-sampler",
-            value,
-            0.01,
-            9,
-            0,
-            0.0,
-            "cpu",
-            "",
-            "",
-            "r",
-        )
+    claim = {
+        "id": "one", "paper": "NCP-VAE", "statement": "a statement", "source": "a table", "standing": "seed",
+        "experiment": "flat", "subject": {"prior": "ncp", "metric": "loglik-sampler", "proposals": 20}, "kind": "absolute",
+        "direction": "higher", "value": -1.0, "tolerance": {"value": 0, "reason": "r"}, "criterion": {"after_result": "r"},
+    }  # fmt: skip
+    (checkout / "reports" / "targets.yaml").write_text(yaml.safe_dump({"claims": [claim]}))
+    today = fingerprints.expected(Pipeline(checkout).config)("flat", "ncp", "", "loglik-sampler")
+    assert today is not None
 
-    results.write(checkout / "reports" / "results.csv", results.frame([row(-0.2)]))
-    code, out, _ = call(monkeypatch, capsys, "compare")
+    def compared(value, fingerprint=today):
+        row = results.Row(
+            experiment="flat", dataset="gaussians25", model="mlp-vae/normal", prior="ncp", sampler="",
+            metric="loglik-sampler", samples=4, normaliser=0, proposals=20, step=0, value=value, stderr=0.01, n=9, seed=0,
+            vae_seed=0, seconds=0.0, device="cpu", precision="fp32", features="", target="", revision="r",
+            fingerprint=fingerprint,
+        )  # fmt: skip
+        results.write(checkout / "reports" / "results.csv", results.frame([row]))
+        code, out, _ = call(monkeypatch, capsys, "compare")
+        return code, " ".join(out.split())
+
+    code, out = compared(-0.2)
     assert code == 0
     assert "reproduced" in out
-    results.write(checkout / "reports" / "results.csv", results.frame([row(-2.0)]))
-    code, out, _ = call(monkeypatch, capsys, "compare")
+    code, out = compared(-2.0)
     assert code == 1
-    assert "not reproduced" in out
+    assert "contradicted" in out
+    code, out = compared(-2.0, "another+" + today.partition("+")[2])
+    assert code == 0
+    assert "untested" in out
+    code, out = compared(-2.0, today.partition("+")[0] + "+another")
+    assert code == 1
+    assert "earlier code" in out
