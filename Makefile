@@ -4,6 +4,12 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
+# The scripts of an environment, and its link to this code, hold the path it was made for: moved or copied, it is made anew.
+ifneq ($(shell cat .venv/installed 2>/dev/null),$(CURDIR))
+.PHONY: .venv/installed
+FROM_SCRATCH := --clear
+endif
+
 .PHONY: repro test clean
 
 repro: .venv/installed
@@ -21,6 +27,6 @@ clean:
 	rm -rf .venv artifacts data mlruns mlruns.db
 
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(FROM_SCRATCH) .venv
 	pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+	@pwd -P > $@

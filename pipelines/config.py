@@ -1,18 +1,19 @@
 """params.yaml as one validated tree. Everything behind it sees typed, frozen objects."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model, model_validator
 
 from datasets.registry import DATASETS
 from metrics.features import NETWORKS
 from metrics.likelihood import LikelihoodOptions
 from models.registry import MODELS
 from models.trainer import TrainOptions
-from pipelines.results import BASELINE
+from pipelines import strict_yaml
+from pipelines.results import AGGREGATE, BASELINE, DATA
 from priors.protocol import GroupPrior
 from priors.registry import PRIORS, SAMPLERS
 from priors.sampling import Decoding
@@ -20,6 +21,68 @@ from runtime.errors import UserError
 from runtime.options import Options
 
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what scikit-learn takes
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
+"""What an experiment, a prior or a sampler can be called: names become folders, keys, options of a shell and DVC's stages.
+
+Two of them and a seed fit into a file's name; the characters that join them (``+``, ``/``, ``.``) are not among theirs.
+"""
+
+RESERVED = (DATA, AGGREGATE)
+"""What no prior can be called, since rows of the results table that belong to no prior are."""
+
+LARGEST = {
+    "batch": 2**17,
+    "cells": 100,
+    "checks": 100_000,
+    "codes": 10**7,
+    "components": 10_000,
+    "depth": 100,
+    "expansion": 100,
+    "groups_per_scale": 100,  # a group's number has two digits in the names of files and metrics
+    "halvings": 10,
+    "images": 10**7,
+    "latent_channels": 2**16,
+    "latents": 2**16,
+    "outer_cells": 100,
+    "patch": 64,
+    "pool": 2**28,
+    "steps": 10**9,
+    "transforms": 100,
+    "width": 2**16,
+}
+"""The largest whole number that an option can be, by its name: far above what is of use, and below what no memory holds.
+
+It is ANY of those that are not here, seeds apart.
+"""
+
+ANY = 2**31 - 1
+
+
+def _name(text: str) -> str:
+    """``text``, a name. Raises ValueError if it cannot be one."""
+    if not NAME.fullmatch(text):
+        raise ValueError("a name has up to 60 letters, digits, - and _, and begins with a letter or a digit; rename it")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_name)]
+
+
+def _check_set(key: str, values: Sequence[Any]) -> None:
+    """Raises ValueError if a list whose order says nothing names something twice."""
+    twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
+    if twice is not None:
+        raise ValueError(f"{key} must differ from each other, and {twice!r} is listed twice; leave one out")
+
+
+def _check_case(key: str, names: Sequence[str]) -> None:
+    """Raises ValueError if two names differ in case alone: on some file systems they would share their files."""
+    for index, name in enumerate(names):
+        same = [other for other in names[:index] if other.lower() == name.lower()]
+        if same:
+            raise ValueError(f"{key}: {same[0]!r} and {name!r} differ in capitals alone; rename one of them")
 
 
 def _choice(key: str, registry: Mapping[str, Any], **common: Any) -> Any:
@@ -42,7 +105,7 @@ else:
         PRIORS,
         base=(str | None, None),
         groups=(Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None, None),
-        samplers=(list[str], ...),
+        samplers=(list[Name], ...),
     )
     SamplerChoice = _choice("method", SAMPLERS)
 
@@ -66,7 +129,7 @@ class EvaluateOptions(Options):
     """``examples``: test examples for the likelihood, all if absent; ``batch``: at a time; ``features``: network for FID."""
 
     likelihood: LikelihoodOptions
-    examples: Count | None = None
+    examples: Annotated[int, Field(ge=2)] | None = None  # a mean of one has no standard error
     batch: Count
     features: Literal[tuple(NETWORKS)] | None = None  # type: ignore[valid-type]
 
@@ -81,12 +144,12 @@ class Experiment(Options):
     """
 
     dataset: str
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    vae_seed: Annotated[int, Field(ge=0)] | None = None
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    vae_seed: Seed | None = None
     model: ModelChoice
     train: TrainOptions
-    priors: dict[str, PriorChoice]
-    samplers: dict[str, SamplerChoice]
+    priors: dict[Name, PriorChoice]
+    samplers: dict[Name, SamplerChoice]
     sample: SampleOptions
     evaluate: EvaluateOptions
     trained_in: str | None = None
@@ -102,18 +165,27 @@ class Experiment(Options):
             raise ValueError(f"evaluate.features: {self.dataset} has no images to take features of; leave it out")
         if self.train.spectral and not MODELS[self.model.name].convolutional:
             raise ValueError(f"train.spectral: {self.model.name} has no convolutions to keep smooth; leave it out")
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("seeds must differ from each other")
-        if BASELINE not in self.priors or self.priors[BASELINE].method != "normal":
-            raise ValueError(f"priors must include {BASELINE!r} with method normal: gains are measured over it")
+        if self.evaluate.features is not None and self.sample.images < 4:
+            raise ValueError(f"sample.images: FID needs 4 images, not {self.sample.images}; draw more, or drop features")
+        _check_set("seeds", self.seeds)
+        _check_case("priors", list(self.priors))
+        _check_case("samplers", list(self.samplers))
+        for name in self.priors:
+            if name.lower() in RESERVED:
+                raise ValueError(f"priors: {name!r} is what rows that belong to no prior are called; rename it")
+        base = self.priors.get(BASELINE)
+        if base is None or base.method != "normal" or base.base is not None:
+            raise ValueError(f"priors must include {BASELINE!r} with method normal and no base: gains are measured over it")
         for name, prior in self.priors.items():
             self._check_prior(name, prior)
         return self
 
     def chain(self, prior: str) -> list[str]:
         """A prior, the prior that it is put on, and so on down to the model's own."""
-        base = self.priors[prior].base
-        return [prior, *([] if base is None else self.chain(base))]
+        found = [prior]
+        while (base := self.priors[found[-1]].base) is not None:
+            found.append(base)
+        return found
 
     def _check_base(self, name: str, prior: Any) -> None:
         method = PRIORS[prior.method]
@@ -134,6 +206,8 @@ class Experiment(Options):
 
     def _check_prior(self, name: str, prior: Any) -> None:
         self._check_base(name, prior)
+        _check_set(f"priors.{name}.samplers", prior.samplers)
+        _check_set(f"priors.{name}.groups", prior.groups or [])
         for sampler in prior.samplers:
             if sampler not in self.samplers:
                 raise ValueError(f"priors.{name}.samplers: {sampler!r} is not among the experiment's samplers")
@@ -150,17 +224,24 @@ class Experiment(Options):
 class Config(Options):
     """params.yaml: ``run`` lists what a plain ``dvc repro`` runs; ``experiments`` says what each experiment is."""
 
-    run: list[str]
-    experiments: dict[str, Experiment]
+    run: list[Name]
+    experiments: dict[Name, Experiment]
 
     @model_validator(mode="after")
     def _known(self) -> "Config":
+        _check_set("run", self.run)
+        _check_case("experiments", list(self.experiments))
+        for key, value, largest in _whole_numbers(self, "", ANY):
+            if value > largest:
+                raise ValueError(f"{key} should be at most {largest}, not {value}")
         for name in self.run:
             if name not in self.experiments:
                 raise ValueError(f"run: {name!r} is not among the experiments: {', '.join(self.experiments)}")
         for name, experiment in self.experiments.items():
             if experiment.trained_in is not None and experiment.trained_in not in self.experiments:
                 raise ValueError(f"experiments.{name}.trained_in: experiment {experiment.trained_in!r} does not exist")
+            if experiment.trained_in == name:
+                raise ValueError(f"experiments.{name}.trained_in: it is the experiment itself; leave it out")
         return self
 
     def experiment(self, name: str) -> Experiment:
@@ -170,40 +251,60 @@ class Config(Options):
         return self.experiments[name]
 
 
+def _whole_numbers(found: Any, key: str, largest: int) -> Iterator[tuple[str, int, int]]:
+    """Every whole number among validated settings, seeds apart: its dotted key, itself, and the largest that it can be."""
+    if isinstance(found, BaseModel):
+        for name in type(found).model_fields:
+            if name not in ("seeds", "vae_seed"):
+                inside = f"{key}.{name}" if key else name
+                yield from _whole_numbers(getattr(found, name), inside, LARGEST.get(name, ANY))
+                if name == "groups_per_scale":
+                    yield f"the sum of {inside}", sum(getattr(found, name)), LARGEST[name]
+    elif isinstance(found, dict):
+        for name, value in found.items():
+            yield from _whole_numbers(value, f"{key}.{name}", largest)
+    elif isinstance(found, list):
+        for index, value in enumerate(found):
+            yield from _whole_numbers(value, f"{key}.{index}", largest)
+    elif isinstance(found, int) and not isinstance(found, bool):
+        yield key, found, largest
+
+
 def read(path: Path) -> dict[str, Any]:
-    """params.yaml as plain values. Raises UserError if it is missing or not YAML."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); run priorhole in the folder that holds it") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    """params.yaml as plain values. Raises UserError if it is missing or not YAML (``strict_yaml.read``)."""
+    raw = strict_yaml.read(path)
     if not isinstance(raw, dict):
         raise UserError(f"{path} must be a mapping with the keys run and experiments")
     return raw
 
 
 def validate(raw: Mapping[str, Any]) -> Config:
-    """The validated tree. Raises UserError with the path of the first wrong key."""
+    """The validated tree. Raises UserError with the path, and the value, of the first wrong key."""
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"params.yaml: {_key_path(raw, first['loc'])}: {message}") from None
+        message = " ".join(first["msg"].removeprefix("Value error, ").split())[:1000]  # which may hold what was given
+        wrong = first["input"]
+        known = first["type"] != "missing" and not isinstance(wrong, dict | BaseModel)
+        value = f" (it is {_brief(wrong)})" if known else ""
+        raise UserError(f"params.yaml: {_key_path(first['loc'])}: {message}{value}") from None
 
 
-def _key_path(raw: Any, location: tuple[int | str, ...]) -> str:
-    """The dotted path of an error, without the union tags that pydantic puts into it."""
-    parts = []
-    for item in location[:-1]:
-        found = raw.get(item) if isinstance(raw, dict) else raw[int(item)] if isinstance(raw, list) else None
-        if found is not None:
-            raw = found
-            parts.append(str(item))
-    if location and not (isinstance(raw, dict) and location[-1] in (raw.get("method"), raw.get("name"))):
-        parts.append(str(location[-1]))
-    return ".".join(parts) or "top level"
+_KEY = "[key]"  # what pydantic puts behind a key that is itself wrong
+
+
+def _key_path(location: tuple[int | str, ...]) -> str:
+    """The dotted path of an error, without the union tags that pydantic puts behind a model, a prior and a sampler."""
+    parts, kind = [item for item in location if item != _KEY], location[2:3]
+    tag = 3 if kind == ("model",) else 4 if kind in (("priors",), ("samplers",)) else len(parts)
+    return ".".join(_brief(part, plain=True) for part in (*parts[:tag], *parts[tag + 1 :])) or "top level"
+
+
+def _brief(value: Any, plain: bool = False) -> str:
+    """A value on one line, and a part of it if that is long; if ``plain``, without quotes where it needs none."""
+    text = str(value) if plain and str(value).isprintable() else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def plain(options: BaseModel, *without: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,11 +27,12 @@ from pipelines.fingerprints import fingerprint
 from pipelines.recipe import Recipe
 from pipelines.results import AGGREGATE, BASELINE, DATA, Row
 from pipelines.stored import Stored
-from pipelines.work import under_floor
+from pipelines.work import require_finite, under_floor
 from priors.protocol import Prior
 from priors.registry import SAMPLERS
 from runtime import hardware
 from runtime.blocks import in_blocks, mean_and_error_over_blocks
+from runtime.errors import UserError
 from runtime.files import exclusive
 from runtime.identity import Identity, revision, source_digest
 from runtime.progress import Report
@@ -54,12 +55,11 @@ class Evaluation:
         return folded(self.stored.vae)
 
     def rows(self) -> Iterator[Row]:
-        """All of them."""
-        for (
-            prior,
-            sampler,
-        ) in self.stored.recipe.draws():  # likelihoods take long: better to miss samples before them than after
-            self.stored.samples(prior, sampler)
+        """All of them. Raises UserError for samples or likelihoods that are not finite, of what and how many."""
+        recipe = self.stored.recipe
+        for prior, sampler in recipe.draws():  # likelihoods take long: better to miss samples before them than after
+            drawn = self.stored.samples(prior, sampler)
+            require_finite(drawn, f"{recipe.name}: {prior} by {sampler}, seed {recipe.seed}")
         yield from self._training()
         yield from self._likelihoods()
         for prior, options in self.stored.recipe.experiment.priors.items():
@@ -136,12 +136,29 @@ class Evaluation:
             for name, prior in priors.items()
             if not prior.exact
         }
+        for name, pool in pools.items():
+            broken = int((pool.log_r.isnan() | pool.log_r.isposinf()).sum())  # a weight of 0 is one
+            if broken:
+                self._refuse(name, "the weights of base samples in the first group", broken, len(pool.log_r))
         found = self._measured(priors, pools, options)
+        for key, values in found.items():
+            prior, _, what = key.partition("/")
+            broken = int((~values.isfinite()).sum())
+            if broken and not what.startswith(("nce-loss", "log-z")):
+                self._refuse(prior, f"the log-likelihoods {what!r} of test examples", broken, len(values))
         truth = spec(stored.recipe.experiment.dataset).truth
         density = None if truth is None else truth.log_density(self._examples.double())
         for key, values in found.items():
             if key not in ("seconds", "block"):
                 yield from self._likelihood_rows(key, values, found, pools, density)
+
+    def _refuse(self, prior: str, what: str, broken: int, count: int) -> NoReturn:
+        """Raises UserError for numbers that are not finite, of which a mean would say nothing."""
+        recipe = self.stored.recipe
+        raise UserError(
+            f"{recipe.name}: {prior}, seed {recipe.seed}: {what}: {broken} of {count} are not finite; the prior's training "
+            "diverged: lower its learning rate in params.yaml"
+        )
 
     @cached_property
     def _examples(self) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from datasets import dataset as data
-from pipelines import claims, fanout, fingerprints, report, results, tracking
+from pipelines import blueprint, claims, fanout, fingerprints, report, results, tracking
 from pipelines.config import Config, Experiment, plain, read, validate
 from pipelines.evaluation import evaluation_task, features_task
 from pipelines.fanout import Machine, Task
@@ -25,7 +25,7 @@ from pipelines.workspace import Workspace
 from priors.registry import SAMPLERS
 from priors.samplers import ESS_FLOOR
 from runtime import checkpoints
-from runtime.errors import UserError
+from runtime.identity import require_own_code
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Pipeline:
 
     root: Path
     machine: Machine = field(default_factory=Machine)
+
+    def __post_init__(self) -> None:
+        require_own_code(self.root)
 
     @property
     def workspace(self) -> Workspace:
@@ -52,6 +55,7 @@ class Pipeline:
     def _seeds(self, name: str) -> tuple[Experiment, list[Recipe]]:
         raw = read(self.workspace.params)
         experiment = validate(raw).experiment(name)
+        blueprint.check(name, experiment)
         return experiment, [Recipe(raw, name, seed, self.root) for seed in experiment.seeds]
 
     def _run(self, stage: str, name: str, tasks: list[Task]) -> list[Any]:
@@ -60,6 +64,7 @@ class Pipeline:
     def fetch(self, name: str) -> None:
         """Fetch and prepare the experiment's data set."""
         experiment = self.config.experiment(name)
+        blueprint.check(name, experiment)
         data.fetch(experiment.dataset, self.workspace.data(name), self.workspace.raw)
 
     def train_vae(self, name: str) -> None:
@@ -67,6 +72,7 @@ class Pipeline:
         experiment, seeds = self._seeds(name)
         seeds = list({recipe.vae_seed: recipe for recipe in seeds}.values())
         _prune(self.workspace, self.workspace.artifacts(name) / "vae", [{f"seed-{recipe.vae_seed}" for recipe in seeds}])
+        blueprint.check_batches(name, experiment, Stored(seeds[0]).dataset)
         documents = self._run(
             "train-vae", name, [Task(f"VAE, seed {recipe.vae_seed}", vae_task, {"recipe": recipe}) for recipe in seeds]
         )
@@ -83,12 +89,9 @@ class Pipeline:
         experiment, seeds = self._seeds(name)
         own = {f"seed-{seed}" for seed in experiment.seeds}
         _prune(self.workspace, self.workspace.artifacts(name) / "priors", [experiment.priors.keys(), own])
-        groups = Stored(seeds[0]).vae.groups
-        for prior, options in experiment.priors.items():
-            if max(options.groups or [0]) >= groups:
-                raise UserError(
-                    f"priors.{prior}.groups: {max(options.groups)} is too many; the model has groups 0 to {groups - 1}"
-                )
+        stored = Stored(seeds[0])
+        groups = stored.vae.groups
+        blueprint.check_batches(name, experiment, stored.dataset)
         shards = [list(range(groups))[first :: self.machine.shards] for first in range(min(groups, self.machine.shards))]
         depth: dict[str, int] = {}
         for prior, options in experiment.priors.items():  # a base is listed before what is put on it
@@ -197,8 +200,8 @@ class Pipeline:
 
     def verdicts(self) -> list[claims.Verdict]:
         """The papers' claims held against the results table, its rows against params.yaml and the code."""
-        table = results.read(self.workspace.results, "priorhole report")
-        return self._judge(self.config, claims.load(self.workspace.targets), table)
+        config, table = self.config, results.read(self.workspace.results, "priorhole report")
+        return self._judge(config, claims.load(self.workspace.targets), table)
 
     @staticmethod
     def _judge(config: Config, judged: Sequence[claims.Claim], table: pd.DataFrame) -> list[claims.Verdict]:

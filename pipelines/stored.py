@@ -45,7 +45,8 @@ class Stored:
         path = self._vae_path
         if self.recipe.workspace.data(self.recipe.name).exists() or self.recipe.is_own(path):
             return self.dataset.digest
-        return checkpoints.load(path, "")[1]["config"]["dataset"]["digest"]
+        dataset = checkpoints.load(path, f"priorhole train-vae {self.recipe.name}")[1]["config"].get("dataset", {})
+        return dataset.get("digest", "")
 
     def new_vae(self) -> HierarchicalVAE:
         """The VAE before training."""

@@ -19,6 +19,7 @@ from priors.sampling import draw, readjusted
 from priors.trainer import Slot, learn
 from runtime import hardware
 from runtime.blocks import in_blocks
+from runtime.errors import UserError
 from runtime.files import exclusive
 from runtime.progress import Report
 
@@ -62,11 +63,33 @@ def sample_task(report: Report, recipe: Recipe, prior: str, sampler: str) -> dic
         learned = stored.prior(prior, model)
 
         def compute(rows: range) -> dict[str, Tensor]:
-            return draw(model, learned, drawing, rows, seed, settings.decoding)
+            found = draw(model, learned, drawing, rows, seed, settings.decoding)
+            require_finite(found, f"{name}: {prior} by {sampler}, seed {seed}, images {rows.start} to {rows.stop - 1}")
+            return found
 
         identity = stored.samples_identity(prior, sampler)
         drawn = in_blocks(path, identity, settings.images, settings.batch, compute, report)
+        require_finite(drawn, f"{name}: {prior} by {sampler}, seed {seed}")  # it may have been there, from other code
     return under_floor(drawn)
+
+
+def require_finite(drawn: Mapping[str, Tensor], what: str) -> None:
+    """Refuse latents and images that are not finite; a diagnostic may well be.
+
+    Args:
+        drawn: as ``priors.sampling.draw`` returns it.
+        what: names the draw in the message.
+
+    Raises:
+        UserError: naming the first group that broke, or the image, and in how many rows.
+    """
+    for key in (*sorted(key for key in drawn if key.startswith("z/")), "x"):
+        broken = int((~drawn[key].isfinite()).flatten(1).any(1).sum())
+        if broken:
+            raise UserError(
+                f"{what}: {key} is not finite in {broken} of {len(drawn[key])}; the sampler or the prior diverged: lower "
+                "the sampler's step_size, or the prior's learning rate, in params.yaml"
+            )
 
 
 def under_floor(drawn: Mapping[str, Tensor]) -> dict[str, float]:

@@ -4,12 +4,15 @@ import ast
 import hashlib
 import importlib.util
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("runtime", "datasets", "models", "priors", "metrics", "pipelines")
@@ -96,11 +99,36 @@ def _imports(tree: ast.AST) -> Iterator[str]:
 
 @cache
 def revision() -> str:
-    """The git revision of this checkout, ``-dirty`` if tracked files differ from it; ``unversioned`` without git."""
-    git = ["git", "-C", str(ROOT)]
+    """The git revision of this checkout, ``-dirty`` if tracked files differ from it.
+
+    ``unversioned`` without git, and for code that only lies inside another repository, whose revisions say nothing of it.
+    """
+    # Who calls from a hook of git's has variables that name another repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno", *FLOORS], capture_output=True, text=True)
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return "unversioned"
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno", *FLOORS) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unversioned"
-    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def require_own_code(workspace: Path) -> None:
+    """Refuse to work in a checkout by the code of another, as a copied one does whose environment knows the original.
+
+    Args:
+        workspace: the folder that files are read from and written to; one without code of its own can be anywhere.
+
+    Raises:
+        UserError: it holds this project's code, and another copy of that is running.
+    """
+    if (workspace / "pipelines" / "stages.py").is_file() and workspace.resolve() != ROOT:
+        raise UserError(
+            f"{workspace} holds code of its own, and that of {ROOT} is running; "
+            f"make an environment here (make .venv/installed) and run .venv/bin/priorhole"
+        )

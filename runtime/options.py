@@ -6,4 +6,4 @@ from pydantic import BaseModel, ConfigDict
 class Options(BaseModel):
     """A frozen record of settings: unknown keys, wrong types and impossible values are refused when it is made."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

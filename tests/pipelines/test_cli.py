@@ -95,8 +95,9 @@ def test_a_model_that_cannot_take_the_data_says_so(checkout, monkeypatch, capsys
     write_params(
         checkout, changed("experiments.flat.model", tiny()["experiments"]["deep"]["model"] | {"likelihood": "normal"})
     )
-    assert call(monkeypatch, capsys, "fetch", "flat")[0] == 0
-    assert "needs square images, not data of shape (2,)" in refused(monkeypatch, capsys, "train-vae", "flat")
+    for stage in ("fetch", "train-vae"):
+        line = refused(monkeypatch, capsys, stage, "flat")
+        assert "experiments.flat.model: residual-hvae needs square images, not data of shape (2,)" in line
 
 
 def test_an_experiment_params_or_yaml_that_is_not_there(checkout, monkeypatch, capsys):

@@ -62,14 +62,14 @@ def no_langevin(flat):
     flat["priors"]["ncp"]["samplers"] = ["sir-20"]
 
 
-def dotted(flat):
-    flat["priors"] = {"normal": flat["priors"]["normal"], "ncp-0.5": flat["priors"]["ncp"]}
+def others(flat):
+    flat["priors"] = {"normal": flat["priors"]["normal"], "ncp-05": flat["priors"]["ncp"]}
 
 
 VAES = [f"vae/seed-{seed}{kind}.safetensors" for seed in (0, 1, 10) for kind in ("", ".partial")]
 PRIORS = [
     f"priors/{prior}/seed-{seed}/{file}.safetensors"
-    for prior in ("normal", "gmm", "ncp", "ncp-gmm", "ncp-0.5")
+    for prior in ("normal", "gmm", "ncp", "ncp-gmm", "ncp-05")
     for seed in (0, 1)
     for file in ("k00", "k01.partial")
 ]
@@ -88,7 +88,7 @@ CASES = [
     ("train_prior", PRIORS, None, r"priors/(normal|gmm|ncp|ncp-gmm)/.*"),
     ("train_prior", PRIORS, no_ncp, r"priors/(normal|gmm|ncp-gmm)/.*"),
     ("train_prior", PRIORS, one_seed, r"priors/(normal|gmm|ncp|ncp-gmm)/seed-0/.*"),
-    ("train_prior", PRIORS, dotted, r"priors/(normal|ncp-0\.5)/.*"),
+    ("train_prior", PRIORS, others, r"priors/(normal|ncp-05)/.*"),
     ("sample", SAMPLES, no_ncp, r"samples/(normal|gmm|ncp-gmm)\+.*"),
     ("sample", SAMPLES, no_langevin, r"samples/[^/]*\+(ancestral|sir-20)/.*"),
     ("sample", SAMPLES, one_seed, r"samples/.*/seed-0\..*"),
