@@ -87,13 +87,14 @@ def _check_contents(table):
         "modes-hit",
     } <= metrics
     assert {"loglik-plugin", "held-out/k00", "ess-fraction/k00", "acceptance/k00", "nce-loss/k00"} <= metrics
-    assert set(flat[flat.metric == "loglik-sampler"].sampler) == {"sir-5", "sir-20"}
+    assert set(flat[flat.metric == "loglik-sampler"].proposals) == {5, 20}
     deep = table[table.experiment == "deep"]
     assert {"fid-digits-30", "kid-digits-30", "ess-fraction/k02", "log-z/k02"} <= set(deep.metric)
     assert set(deep[deep.metric.str.startswith("fid")].prior) == {"normal", "ncp", "aggregate-posterior", "data"}
-    plugin = flat[(flat.metric == "loglik-plugin") & (flat.prior == "ncp")].set_index("seed").value
-    base = flat[(flat.metric == "loglik") & (flat.prior == "normal")].set_index("seed").value
-    gain = flat[(flat.metric == "loglik-gain-plugin") & (flat.prior == "ncp")].set_index("seed").value
+    headline = results.headline(flat)
+    plugin = headline[(headline.metric == "loglik-plugin") & (headline.prior == "ncp")].set_index("seed").value
+    base = headline[(headline.metric == "loglik") & (headline.prior == "normal")].set_index("seed").value
+    gain = headline[(headline.metric == "loglik-gain-plugin") & (headline.prior == "ncp")].set_index("seed").value
     assert (plugin - base - gain).abs().max() < 1e-4
 
 
