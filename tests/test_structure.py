@@ -179,13 +179,11 @@ def test_the_example_prior_of_the_readme_works_with_every_sampler(tmp_path, monk
 
 
 def test_the_readme_shows_what_the_pipeline_wrote():
-    from pipelines import claims, results
+    from pipelines import claims
+    from pipelines.stages import Pipeline
 
     readme = (ROOT / "README.md").read_text()
-    verdicts = claims.judge(
-        claims.load(ROOT / "reports" / "targets.yaml"), results.read(ROOT / "reports" / "results.csv", "")
-    )
-    assert claims.markdown([verdict for verdict in verdicts if verdict.ours is not None]) in readme
+    assert claims.markdown([verdict for verdict in Pipeline(ROOT).verdicts() if verdict.tested]) in readme
     for figure in re.findall(r"\]\((reports/[^)]+\.png)\)", readme):
         assert (ROOT / figure).exists()
     assert len(re.findall(r"\]\((reports/[^)]+\.png)\)", readme)) >= 2
