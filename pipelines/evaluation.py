@@ -24,6 +24,7 @@ from models.folding import folded
 from models.protocol import HierarchicalVAE, posterior_pass
 from pipelines.config import plain
 from pipelines.fingerprints import fingerprint
+from pipelines.identities import chain_modules
 from pipelines.recipe import Recipe
 from pipelines.results import AGGREGATE, BASELINE, DATA, Row
 from pipelines.stored import Stored
@@ -187,7 +188,7 @@ class Evaluation:
             "likelihood": plain(options),
             "examples": len(examples),
         }
-        modules = {module for name in priors for module in stored.recipe.chain_modules(name)}
+        modules = {module for name in priors for module in chain_modules(stored.recipe.experiment, name)}
         identity = Identity(
             stored.recipe.name, stored.recipe.seed, config, source_digest("metrics.likelihood", *sorted(modules))
         )

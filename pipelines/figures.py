@@ -30,6 +30,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import Bbox
 
 POINTS = 2000
@@ -144,6 +145,11 @@ def stale_pictures(folder: Path, current: Mapping[str, str]) -> list[Path]:
 
 
 def _save(figure: Figure, path: Path, description: str | None = None) -> Path:
+    for axis in figure.axes:
+        low, high = axis.get_xlim()
+        # Over a decade or two matplotlib names the ticks between the powers of ten as well, one over the other.
+        if axis.get_xscale() == "log" and np.ceil(np.log10(low)) <= np.floor(np.log10(high)):
+            axis.xaxis.set_minor_formatter(NullFormatter())
     with atomic_path(path) as temporary:
         # Without a fixed metadata block the file would differ on every run.
         metadata = {"Software": None, "Description": description}
@@ -177,7 +183,8 @@ def _legend_below(figure: Figure) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             labelled.setdefault(label, handle)
     if labelled:
-        inches = 0.6 + 0.08 * max(map(len, labelled))  # of a column at this font size
+        lengths = [len(label) for label in labelled]
+        inches = 0.6 + 0.04 * (max(lengths) + sum(lengths) / len(lengths))  # of a column, of which few hold the longest
         columns = max(1, min(len(labelled), int(figure.get_figwidth() / inches)))
         figure.legend(list(labelled.values()), list(labelled), loc="outside lower center", ncols=columns, fontsize=8)
 
@@ -242,7 +249,7 @@ def _convergence(experiment: str, frame: pd.DataFrame) -> Figure | None:
     gain_axis.set_ylim(min(limits) - margin, max(limits) + margin)  # an estimate that broke down would flatten all others
     gain_axis.set(xscale="log", xlabel="base samples per context, M or N", ylabel="gain over the base (nats)")
     gain_axis.set_title(f"{experiment}\nsampler bound against M (solid), plug-in against N (dashed)", fontsize=10)
-    _log_normaliser(normaliser_axis, shown[shown.metric.str.startswith("log-z/")])
+    _log_normaliser(normaliser_axis, shown[shown.metric.str.startswith("log-z/")], styles)
     normaliser_axis.set_title(experiment)
     if len(pairs):  # the same count stands for N and for M; the two must meet
         axis = axes[2]
@@ -267,9 +274,8 @@ def _levels(exact: pd.DataFrame) -> list[tuple[str, float]]:
     return [(BASELINE, 0.0), *zip(exact.prior, exact.value, strict=True)]
 
 
-def _log_normaliser(axis: Axes, frame: pd.DataFrame) -> None:
-    """log Ẑ of every group against N: a colour a prior, paler from the first group to the last."""
-    styles = _styles(frame.prior)
+def _log_normaliser(axis: Axes, frame: pd.DataFrame, styles: Mapping[Any, Mapping[str, Any]]) -> None:
+    """log Ẑ of every group against N, in the style of its prior, paler from the first group to the last."""
     for prior, own in frame.groupby("prior"):
         groups = sorted(own.metric.unique())
         for k, group in enumerate(groups):

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from metrics import features
-from models.registry import MODELS
 from pipelines.config import Config, Experiment, plain
+from pipelines.identities import chain_modules, group_source, samples_source, vae_source
 from pipelines.results import AGGREGATE, DATA
-from priors.registry import PRIORS, SAMPLERS
+from priors.registry import PRIORS
 from runtime.identity import source_digest
 
 LIKELIHOODS = "loglik|truth-gap|kl/|elbo-gain/|nce-loss/|log-z/"
@@ -48,14 +48,13 @@ def fingerprint(
     sources: dict[str, str] = {}
     if prior != DATA:
         config |= {"model": plain(experiment.model), "train": plain(experiment.train), "vae_seed": experiment.vae_seed}
-        sources["vae"] = source_digest("models.trainer", MODELS[experiment.model.name].__module__)
-    modules = [PRIORS[experiment.priors[name].method].__module__ for name in chain]
-    for name, module in zip(chain, modules, strict=True):
+        sources["vae"] = vae_source(experiment)
+    for name in chain:
         config[f"prior {name}"] = plain(experiment.priors[name], "samplers")
-        sources[f"prior {name}"] = source_digest("priors.trainer", module)
+        sources[f"prior {name}"] = group_source(PRIORS[experiment.priors[name].method])
     if sampler:
         config["sampler"] = plain(experiment.samplers[sampler])
-        sources["samples"] = source_digest("priors.sampling", *modules, _module_of(experiment, sampler))
+        sources["samples"] = samples_source(experiment, prior, sampler)
     if sampler or prior == AGGREGATE:
         config["sample"] = plain(experiment.sample)
     measuring = next((found for names, found in MEASURED_BY.items() if re.match(names, metric)), ())
@@ -64,6 +63,7 @@ def fingerprint(
     if features.__name__ in measuring:
         config["features"] = experiment.evaluate.features
     if measuring:
+        modules = [] if pseudo else chain_modules(experiment, prior)
         sources["metric"] = source_digest(*measuring, *modules)
     sources |= {key: digest for key, digest in (stored or {}).items() if key in sources}
     return f"{_short(config)}+{_short(sources)}"
@@ -77,10 +77,6 @@ def expected(config: Config) -> Callable[[str, str, str, str], str | None]:
         return None if found is None else fingerprint(found, prior, sampler, metric)
 
     return now
-
-
-def _module_of(experiment: Experiment, sampler: str) -> str:
-    return SAMPLERS[experiment.samplers[sampler].method].__module__
 
 
 def _short(document: Any) -> str:

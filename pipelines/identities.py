@@ -3,10 +3,10 @@
 from typing import Any, Protocol
 
 from models.registry import MODELS
-from pipelines.config import plain
+from pipelines.config import Experiment, plain
 from pipelines.recipe import Recipe
 from priors.protocol import GroupPrior
-from priors.registry import SAMPLERS
+from priors.registry import PRIORS, SAMPLERS
 from runtime import hardware
 from runtime.identity import Identity, source_digest
 
@@ -48,8 +48,7 @@ class Identities:
             "train": plain(experiment.train),
             "seed": recipe.vae_seed,
         }
-        source = source_digest("models.trainer", MODELS[experiment.model.name].__module__)
-        return Identity(recipe.name, recipe.vae_seed, config, source, _precision(experiment.train))
+        return Identity(recipe.name, recipe.vae_seed, config, vae_source(experiment), _precision(experiment.train))
 
     def group(self, prior: str, k: int, published: bool = False) -> Identity:
         """Of group k of a prior; if ``published``, from originals of which small copies are here."""
@@ -67,8 +66,7 @@ class Identities:
             "seed": recipe.seed,
             **({"digests below": below} if below else {}),
         }
-        source = source_digest("priors.trainer", method.__module__)
-        return Identity(recipe.name, recipe.seed, config, source, _precision(options))
+        return Identity(recipe.name, recipe.seed, config, group_source(method), _precision(options))
 
     def chain_digests(self, prior: str, groups: int) -> list[str]:
         """Of everything trained that a prior's numbers come from, group by group, down its chain."""
@@ -86,8 +84,29 @@ class Identities:
             "sample": plain(experiment.sample, *(() if experiment.sample.readjust else ("batch",))),
             "seed": recipe.seed,
         }
-        source = source_digest("priors.sampling", *recipe.chain_modules(prior), SAMPLERS[options.method].__module__)
+        source = samples_source(experiment, prior, sampler)
         return Identity(recipe.name, recipe.seed, config, source, _precision(options))
+
+
+def chain_modules(experiment: Experiment, prior: str) -> list[str]:
+    """The modules that define the methods of a prior, of the prior that it is put on, and so on."""
+    return [PRIORS[experiment.priors[name].method].__module__ for name in experiment.chain(prior)]
+
+
+def vae_source(experiment: Experiment) -> str:
+    """Digest of the code that trains a VAE."""
+    return source_digest("models.trainer", MODELS[experiment.model.name].__module__)
+
+
+def group_source(method: type[GroupPrior]) -> str:
+    """Digest of the code that learns a group of a prior."""
+    return source_digest("priors.trainer", method.__module__)
+
+
+def samples_source(experiment: Experiment, prior: str, sampler: str) -> str:
+    """Digest of the code that draws samples."""
+    drawing = SAMPLERS[experiment.samplers[sampler].method].__module__
+    return source_digest("priors.sampling", *chain_modules(experiment, prior), drawing)
 
 
 def _precision(options: Any) -> str:

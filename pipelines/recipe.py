@@ -61,10 +61,6 @@ class Recipe:
         options = self.experiment.priors[prior]
         return PRIORS[options.method] if options.groups is None or k in options.groups else GroupPrior
 
-    def chain_modules(self, prior: str) -> list[str]:
-        """The modules that define the methods of a prior, of the prior that it is put on, and so on."""
-        return [PRIORS[self.experiment.priors[name].method].__module__ for name in self.experiment.chain(prior)]
-
     def trained_file(self, path: Path) -> Path:
         """A trained file under artifacts, or its published copy, or those of the experiment that it is shared with."""
         owners = [self.name] if self.experiment.trained_in is None else [self.name, self.experiment.trained_in]

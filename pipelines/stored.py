@@ -137,7 +137,11 @@ class Stored:
         experiment = self.recipe.experiment
         sources = {"vae": self.vae_document["source"]}
         if prior in experiment.priors:
-            sources |= {f"prior {name}": self.prior_document(name, 0)["source"] for name in experiment.chain(prior)}
+            for name in experiment.chain(prior):
+                # A group that the prior leaves alone is not made by its method, and says nothing of that one's code.
+                learned = experiment.priors[name].groups or range(self.vae.groups)
+                made_by = {self.prior_document(name, k)["source"] for k in learned}
+                sources[f"prior {name}"] = "+".join(sorted(made_by))
         if sampler:
             sources["samples"] = self.samples_document(prior, sampler)["source"]
         return sources

@@ -20,7 +20,7 @@ Rows = dict[str, Tensor]
 
 def partial_path(path: Path) -> Path:
     """Where the unfinished part of ``path`` is kept: beside it, so that ``path`` itself is whole or absent."""
-    return path.with_name(path.stem + ".partial.safetensors")
+    return path.with_name(path.stem + checkpoints.PARTIAL)
 
 
 def in_blocks(

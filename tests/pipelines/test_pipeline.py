@@ -481,6 +481,16 @@ def test_groups_that_a_prior_leaves_alone_keep_the_base(checkout):
         context = stored.vae.advance(k, context, z)
 
 
+def test_rows_of_a_prior_that_leaves_the_first_group_alone_are_of_todays_code(checkout):
+    params = tiny_beyond()
+    params["experiments"]["deep"]["seeds"] = [0]
+    priors = params["experiments"]["deep"]["priors"]
+    params["experiments"]["deep"]["priors"] = {"normal": priors["normal"], "evalp": priors["evalp"] | {"groups": [1]}}
+    write_params(checkout, params)
+    table = run_all(checkout, ["deep"], Machine(workers=1))
+    assert set(results.stale_rows(table, fingerprints.expected(Pipeline(checkout).config))) == {""}
+
+
 def test_every_prior_beyond_the_papers_goes_through_all_stages(checkout):
     write_params(checkout, tiny_beyond())
     table = run_all(checkout, ["flat", "deep"], Machine(workers=1))

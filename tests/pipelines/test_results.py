@@ -1,6 +1,7 @@
 """The results table: what is written is what is read, and the interval is the documented one."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,8 @@ from scipy.stats import t as student
 from pipelines import report, results
 from pipelines.results import COLUMNS, Row
 from runtime.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 CONTRACT = [
     "experiment",
@@ -507,3 +510,20 @@ def test_the_held_out_criterion_is_drawn_from_the_table_alone(tmp_path):
     figure = figures._training("gaussians25", frame)
     (legend,) = figure.legends
     assert len(legend.get_texts()) <= 12
+
+
+def test_a_prior_looks_the_same_in_every_panel_that_one_legend_speaks_of():
+    from matplotlib.colors import to_hex
+
+    from pipelines import figures
+
+    table = results.read(ROOT / "reports" / "results.csv", "")
+    figure = figures._convergence("gaussians25", results.over_seeds(table[table.experiment == "gaussians25"]))
+    assert figure is not None
+    colours = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            colours.setdefault(label, set()).add(to_hex(handle.lines[0].get_color()))
+    assert colours.keys() == {"gmm", "ncp", "ncp-gmm"}
+    assert all(len(own) == 1 for own in colours.values())
+    assert len(set().union(*colours.values())) == 3
