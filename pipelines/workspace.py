@@ -45,9 +45,17 @@ class Workspace:
         """Progress of running tasks."""
         return self.root / "artifacts" / ".progress"
 
+    def prepared(self, dataset: str) -> Path:
+        """A prepared data set, shared by the experiments on it."""
+        return self.root / "data" / "prepared" / dataset
+
     def data(self, experiment: str) -> Path:
-        """The prepared data set of an experiment."""
-        return self.root / "data" / f"{experiment}.safetensors"
+        """Which data an experiment is on, by digest: what DVC sees of the data set."""
+        return self.root / "data" / f"{experiment}.json"
+
+    def features(self, dataset: str) -> Path:
+        """What features of a data set's own images are, and the network that is trained on it."""
+        return self.root / "data" / "features" / dataset
 
     def artifacts(self, experiment: str) -> Path:
         """All that is made for an experiment."""
@@ -70,9 +78,13 @@ class Workspace:
         return self.artifacts(experiment) / "priors" / prior / f"seed-{seed}" / f"k{k:02d}.safetensors"
 
     def samples(self, experiment: str, prior: str, sampler: str, seed: int) -> Path:
-        """What a sampler drew from a prior."""
-        return self.artifacts(experiment) / "samples" / f"{prior}+{sampler}" / f"seed-{seed}.safetensors"
+        """The folder of what a sampler drew from a prior."""
+        return self.artifacts(experiment) / "samples" / f"{prior}+{sampler}" / f"seed-{seed}"
+
+    def measured(self, experiment: str) -> Path:
+        """What measuring keeps for itself, since it is dear: the features of samples, the aggregate posterior's images."""
+        return self.artifacts(experiment) / "measured"
 
     def evaluation(self, experiment: str) -> Path:
-        """The measured numbers of an experiment, and the network that features are taken from."""
+        """The measured numbers of an experiment."""
         return self.artifacts(experiment) / "evaluation"

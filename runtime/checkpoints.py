@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,36 @@ class Metadata(dict[str, Any]):
         )
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
+class ContentDigest:
+    """Digest of named tensors (names, shapes, types and bytes) that need not be in memory at once.
+
+    Tensors have to come in the order of their names, each whole or in blocks of rows.
+    """
+
+    def __init__(self) -> None:
+        self._state = hashlib.blake2b(digest_size=16)
+
+    def begin(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """The next tensor; its rows are to follow."""
+        self._state.update(f"{name}{tuple(shape)}{dtype}".encode())
+
+    def add(self, rows: Tensor) -> None:
+        """The next rows of the tensor that was begun."""
+        flat = rows.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            self._state.update(flat.view(torch.uint8).numpy().data)
+
+    def hexdigest(self) -> str:
+        """Of all that was added."""
+        return self._state.hexdigest()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
     """Content digest of named tensors: names, shapes, types and bytes."""
-    state = hashlib.blake2b(digest_size=16)
+    state = ContentDigest()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        state.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        state.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        state.begin(name, tensors[name].shape, tensors[name].dtype)
+        state.add(tensors[name])
     return state.hexdigest()
 
 
@@ -62,20 +87,25 @@ def save(path: Path, tensors: dict[str, Tensor], identity: Identity, **metadata:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if "rows" not in metadata and not path.name.endswith(PARTIAL):
         _require_finite(path, tensors)
-    document = metadata | {
-        "experiment": identity.experiment,
-        "seed": identity.seed,
-        "config": identity.config,
-        "source": identity.source,
-        "precision": identity.precision,
-        "digest": digest(tensors),
-        "revision": revision(),
-    }
+    document = describe(identity, digest(tensors), **metadata)
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={_KEY: json.dumps(document)})
         except SafetensorError as error:  # it carries no errno, only the operating system's text
             raise OSError(str(error)) from error
+
+
+def describe(identity: Identity, content: str, **metadata: Any) -> dict[str, Any]:
+    """The metadata document of a file: what it was made from, its content digest, and further JSON values."""
+    return metadata | {
+        "experiment": identity.experiment,
+        "seed": identity.seed,
+        "config": identity.config,
+        "source": identity.source,
+        "precision": identity.precision,
+        "digest": content,
+        "revision": revision(),
+    }
 
 
 def _require_finite(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -103,30 +133,64 @@ def load(path: Path, made_by: str) -> tuple[dict[str, Tensor], Metadata]:
         UserError: missing, truncated, corrupt, or not written by priorhole. So is reading a key that is not in the metadata,
             since another version wrote the file.
     """
+    with _opened(path, made_by) as handle:
+        document = _document(handle, path, made_by)
+        # Copies: the handle's tensors are the file itself, mapped, and would change with it.
+        tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    if digest(tensors) != document["digest"]:
+        raise UserError(f"{path} is corrupt (its contents do not match its digest); delete it and run: {made_by}")
+    return tensors, document
+
+
+def verify(path: Path, made_by: str) -> int:
+    """Read all of a checkpoint and hold it against its digest. Returns the bytes read. Raises UserError as :func:`load`."""
+    load(path, made_by)
+    return path.stat().st_size
+
+
+def load_document(path: Path, made_by: str) -> Metadata:
+    """The metadata of a checkpoint whose contents are not read. Raises UserError as :func:`load` does."""
+    with _opened(path, made_by) as handle:
+        return _document(handle, path, made_by)
+
+
+def load_tensor(path: Path, name: str, made_by: str) -> Tensor | None:
+    """One tensor of a checkpoint whose others are not read; None if it has none of that name. Raises UserError."""
+    with _opened(path, made_by) as handle:
+        return handle.get_tensor(name).clone() if name in handle.keys() else None  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path, made_by: str) -> Iterator[Any]:
+    """The file, whose header is whole; what goes wrong in the block is a UserError."""
     if not path.exists():
         raise UserError(f"{path} is missing; make it with: {made_by}")
     try:
         with safe_open(path, framework="pt") as handle:
-            document = json.loads((handle.metadata() or {})[_KEY])
-            # Copies: the handle's tensors are the file itself, mapped, and would change with it.
-            tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118 (not a dict)
+            yield handle
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise UserError(f"{path} is corrupt or not a priorhole file; delete it and run: {made_by}") from error
+
+
+def _document(handle: Any, path: Path, made_by: str) -> Metadata:
+    document = json.loads((handle.metadata() or {})[_KEY])
     if not isinstance(document, dict):
-        raise UserError(f"{path} is corrupt or not a priorhole file; delete it and run: {made_by}")
-    found = Metadata(document, path, made_by)
-    if digest(tensors) != found["digest"]:
-        raise UserError(f"{path} is corrupt (its contents do not match its digest); delete it and run: {made_by}")
-    return tensors, found
+        raise ValueError
+    return Metadata(document, path, made_by)
 
 
 def load_verified(path: Path, identity: Identity, made_by: str) -> tuple[dict[str, Tensor], Metadata]:
     """:func:`load`, and refuse a checkpoint of another configuration with the key that differs (UserError)."""
     tensors, document = load(path, made_by)
+    require_configuration(path, document, identity, made_by)
+    return tensors, document
+
+
+def require_configuration(path: Path, document: Mapping[str, Any], identity: Identity, made_by: str) -> None:
+    """Refuse what was made from another configuration than ``identity``, with the key that differs (UserError)."""
     difference = identity.difference(document["config"])
     if difference is not None:
         raise UserError(f"{path} belongs to another configuration ({difference}); make it anew with: {made_by}")
-    return tensors, document
 
 
 def load_current(path: Path, identity: Identity) -> tuple[dict[str, Tensor], Metadata] | None:
@@ -149,12 +213,17 @@ def load_unfinished(path: Path, identity: Identity) -> tuple[dict[str, Tensor], 
     stored = load_current(path, identity)
     if stored is None or "precision" not in stored[1]:  # which another version may have left out
         return None
-    if stored[1]["precision"] != identity.precision:
+    require_same_precision(path, stored[1], identity)
+    return stored
+
+
+def require_same_precision(path: Path, document: Mapping[str, Any], identity: Identity) -> None:
+    """Refuse to go on with what was begun in another precision than this machine computes in (UserError)."""
+    if document["precision"] != identity.precision:
         raise UserError(
-            f"{path} was begun in {stored[1]['precision']} and this machine computes in {identity.precision}: "
+            f"{path} was begun in {document['precision']} and this machine computes in {identity.precision}: "
             "finish it on a machine like the first, or delete it to begin anew"
         )
-    return stored
 
 
 def publish(path: Path, copy: Path) -> None:

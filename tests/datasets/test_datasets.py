@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import os
+import shutil
 import struct
 from dataclasses import replace
 
@@ -37,9 +38,9 @@ def small_mnist(tmp_path, monkeypatch):
 
 
 def fetched(name, tmp_path):
-    path = tmp_path / f"{name}.safetensors"
-    dataset.fetch(name, path, tmp_path / "raw")
-    return dataset.load(name, path)
+    folder = tmp_path / name
+    dataset.fetch(name, folder, tmp_path / "raw")
+    return dataset.load(name, folder)
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -66,19 +67,33 @@ def test_every_data_set_keeps_the_contract(name, tmp_path, small_mnist):
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_a_second_fetch_keeps_a_current_file_and_heals_a_broken_one(name, tmp_path, small_mnist):
-    path = tmp_path / f"{name}.safetensors"
     digest = fetched(name, tmp_path).digest
-    written = path.stat().st_mtime_ns
+    files = sorted((tmp_path / name).iterdir())
+    written = [path.stat().st_mtime_ns for path in files]
     assert fetched(name, tmp_path).digest == digest
-    assert path.stat().st_mtime_ns == written
-    content = path.read_bytes()
-    for damaged in (b"", content[: len(content) // 2], content[:-1] + bytes([content[-1] ^ 1])):
-        path.unlink()  # loaded tensors are maps of the old file
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"is corrupt .*; delete it and run: priorhole fetch") as error:
-            dataset.load(name, path)
-        assert "\n" not in str(error.value)
-        assert fetched(name, tmp_path).digest == digest
+    assert [path.stat().st_mtime_ns for path in files] == written
+    for path in files:
+        content = path.read_bytes()
+        for damaged in (b"", content[: len(content) // 2], None):
+            path.unlink()  # loaded tensors are maps of the old file
+            if damaged is not None:
+                path.write_bytes(damaged)
+            with pytest.raises(UserError, match=r"(is corrupt|is missing).*: priorhole fetch") as error:
+                dataset.load(name, tmp_path / name)
+            assert "\n" not in str(error.value)
+            assert fetched(name, tmp_path).digest == digest
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_some_examples_are_those_of_the_whole_split(name, tmp_path, small_mnist):
+    data = fetched(name, tmp_path)
+    rows = torch.tensor([3, 0, 77])
+    for split in SPLITS:
+        assert torch.equal(data.examples(split, rows), data.examples(split)[rows])
+        assert torch.equal(data.examples(split, slice(5, 9)), data.examples(split)[5:9])
+        assert data.size(split) == len(data.examples(split))
+        if DATASETS[name].kind == "binary-images":
+            assert torch.equal(data.images(split, rows), data.images(split)[rows])
 
 
 def test_an_epoch_sees_every_example_once_in_an_order_of_its_own(monkeypatch):
@@ -131,10 +146,10 @@ def test_the_digits_are_split_by_class_without_overlap(tmp_path):
 
 def test_a_missing_or_wrong_or_unknown_data_set_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"missing; make it with: priorhole fetch"):
-        dataset.load("digits", tmp_path / "none.safetensors")
+        dataset.load("digits", tmp_path / "none")
     fetched("digits", tmp_path)
     with pytest.raises(UserError, match="another configuration"):
-        dataset.load("gaussians25", tmp_path / "digits.safetensors")
+        dataset.load("gaussians25", tmp_path / "digits")
     with pytest.raises(UserError, match="there are gaussians25, digits, mnist"):
         registry.spec("imagenet")
 
@@ -158,7 +173,7 @@ def test_a_bad_mirror_file_is_refused_by_name_and_not_half_used(tmp_path, small_
     with pytest.raises(UserError, match="t10k-images-idx3-ubyte") as error:
         fetched("mnist", tmp_path)
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "mnist.safetensors").exists()
+    assert not (tmp_path / "mnist").exists()
     victim.write_bytes(content)
     assert len(fetched("mnist", tmp_path).examples("test")) == 100
 
@@ -166,9 +181,9 @@ def test_a_bad_mirror_file_is_refused_by_name_and_not_half_used(tmp_path, small_
 def test_a_corrupt_download_is_refused_and_an_intact_one_is_used_without_a_mirror(tmp_path, small_mnist, monkeypatch):
     fetched("mnist", tmp_path)
     monkeypatch.delenv("PRIORHOLE_MIRROR")
-    (tmp_path / "mnist.safetensors").unlink()
+    shutil.rmtree(tmp_path / "mnist")
     fetched("mnist", tmp_path)
-    (tmp_path / "mnist.safetensors").unlink()
+    shutil.rmtree(tmp_path / "mnist")
     (tmp_path / "raw" / "MNIST" / "raw" / "train-labels-idx1-ubyte").write_bytes(b"partial")
     with pytest.raises(UserError, match=r"train-labels-idx1-ubyte is corrupt or partial"):
         fetched("mnist", tmp_path)
