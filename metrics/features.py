@@ -139,9 +139,9 @@ class SmallClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class Labelled:
-    """Labelled images: ``images`` (n, channels, height, width) in [0, 1] and ``labels`` (n,)."""
+    """Labelled images: ``images`` maps indices (m,) to (m, channels, height, width) in [0, 1]; ``labels`` (n,)."""
 
-    images: Tensor
+    images: Callable[[Tensor], Tensor]
     labels: Tensor
 
 
@@ -162,7 +162,7 @@ class OwnClassifier(FeatureNetwork):
     ):
         self.name = name
         with initialising(identity.seed, "features"):
-            network = SmallClassifier(training.images.shape[1], int(training.labels.max()) + 1)
+            network = SmallClassifier(training.images(torch.arange(1)).shape[1], int(training.labels.max()) + 1)
         self.network = network.to(hardware.device())
         optimizer = torch.optim.Adam(self.network.parameters(), fused=True)
         trainee = Trainee("features", self.network, optimizer, cosine(self.rate, 0, self.steps), path, identity)
@@ -175,13 +175,13 @@ class OwnClassifier(FeatureNetwork):
 
     def _loss(self, training: Labelled, seed: int, step: int) -> Terms:
         rows = torch.randint(len(training.labels), (self.batch_size,), generator=generator(seed, "features", step=step))
-        images, labels = training.images[rows].to(hardware.device()), training.labels[rows].to(hardware.device())
+        images, labels = training.images(rows).to(hardware.device()), training.labels[rows].to(hardware.device())
         return {"cross-entropy": functional.cross_entropy(self.network(images), labels)}
 
     @torch.no_grad()
     def _accuracy(self, held_out: Labelled) -> float:
-        parts = held_out.images.split(BATCH)
-        guesses = torch.cat([self.network(part.to(hardware.device())).argmax(1).cpu() for part in parts])
+        parts = torch.arange(len(held_out.labels)).split(BATCH)
+        guesses = torch.cat([self.network(held_out.images(part).to(hardware.device())).argmax(1).cpu() for part in parts])
         return (guesses == held_out.labels).double().mean().item()
 
     def batch(self, images: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def check_batches(name: str, experiment: Experiment, dataset: Dataset) -> None:
     """Refuse batches that the training examples do not fill. Raises UserError, naming the key of params.yaml."""
     if spec(experiment.dataset).fresh is not None:
         return
-    fits = len(dataset.labels("train"))
+    fits = dataset.size("train")
     batches = {"train.batch": experiment.train.batch} | {
         f"priors.{prior}.batch": options.batch for prior, options in experiment.priors.items() if hasattr(options, "batch")
     }

@@ -14,6 +14,7 @@ from models.registry import MODELS
 from models.trainer import TrainOptions
 from pipelines import strict_yaml
 from pipelines.results import AGGREGATE, BASELINE, DATA
+from pipelines.samples import Pixels
 from priors.protocol import GroupPrior
 from priors.registry import PRIORS, SAMPLERS
 from priors.sampling import Decoding
@@ -115,7 +116,9 @@ class SampleOptions(Options):
 
     ``images``: how many with every prior and sampler; ``batch``: at a time; ``decoding``: mean or sample. ``temperature``:
     scales the standard deviations of the base priors; numbers are to be compared at 1. ``readjust``: passes of sampling from
-    which the batch norms' statistics are gathered anew.
+    which the batch norms' statistics are gathered anew. ``pixels``: how images are kept, and so how FID sees them: rounded
+    to 8 bits, as FIDs of image files are, or as floats. ``rows_per_file``: rows that one file holds, rounded up to whole
+    batches (of these and of the feature network's 100): the work that a kill can cost.
     """
 
     images: Annotated[int, Field(ge=2)]
@@ -123,6 +126,8 @@ class SampleOptions(Options):
     decoding: Decoding
     temperature: Annotated[float, Field(gt=0)] = 1.0
     readjust: Annotated[int, Field(ge=0)] = 0
+    pixels: Pixels = "uint8"
+    rows_per_file: Count = 2000
 
 
 class EvaluateOptions(Options):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from datasets.registry import spec
-from metrics import features, frechet, kid, mmd, modes
+from metrics import frechet, kid, mmd, modes
 from metrics.likelihood import (
     LikelihoodOptions,
     Pool,
@@ -21,14 +21,16 @@ from metrics.likelihood import (
     mean_and_error,
 )
 from models.folding import folded
-from models.protocol import HierarchicalVAE, posterior_pass
+from models.protocol import HierarchicalVAE
+from pipelines.aggregate import aggregate_posterior, spread
 from pipelines.config import plain
+from pipelines.features import Features
 from pipelines.fingerprints import fingerprint
 from pipelines.identities import chain_modules
 from pipelines.recipe import Recipe
 from pipelines.results import AGGREGATE, BASELINE, DATA, Row
+from pipelines.samples import Samples
 from pipelines.stored import Stored
-from pipelines.work import require_finite, under_floor
 from priors.protocol import Prior
 from priors.registry import SAMPLERS
 from runtime import hardware
@@ -37,7 +39,6 @@ from runtime.errors import UserError
 from runtime.files import exclusive
 from runtime.identity import Identity, revision, source_digest
 from runtime.progress import Report
-from runtime.randomness import Noise
 
 CURVE_POINTS = 25
 
@@ -59,8 +60,7 @@ class Evaluation:
         """All of them. Raises UserError for samples or likelihoods that are not finite, of what and how many."""
         recipe = self.stored.recipe
         for prior, sampler in recipe.draws():  # likelihoods take long: better to miss samples before them than after
-            drawn = self.stored.samples(prior, sampler)
-            require_finite(drawn, f"{recipe.name}: {prior} by {sampler}, seed {recipe.seed}")
+            self.stored.samples(prior, sampler).require_finite(f"{recipe.name}: {prior} by {sampler}, seed {recipe.seed}")
         yield from self._training()
         yield from self._likelihoods()
         for prior, options in self.stored.recipe.experiment.priors.items():
@@ -126,7 +126,7 @@ class Evaluation:
     @property
     def _limit(self) -> int:
         """How many test examples likelihoods are measured on."""
-        limits = (self.examples, self.stored.recipe.experiment.evaluate.examples, len(self.stored.dataset.examples("test")))
+        limits = (self.examples, self.stored.recipe.experiment.evaluate.examples, self.stored.dataset.size("test"))
         return min(limit for limit in limits if limit is not None)
 
     def _likelihoods(self) -> Iterator[Row]:
@@ -148,7 +148,7 @@ class Evaluation:
             if broken and not what.startswith(("nce-loss", "log-z")):
                 self._refuse(prior, f"the log-likelihoods {what!r} of test examples", broken, len(values))
         truth = spec(stored.recipe.experiment.dataset).truth
-        density = None if truth is None else truth.log_density(self._examples.double())
+        density = None if truth is None else truth.log_density(self._examples().double())
         for key, values in found.items():
             if key not in ("seconds", "block"):
                 yield from self._likelihood_rows(key, values, found, pools, density)
@@ -161,20 +161,20 @@ class Evaluation:
             "diverged: lower its learning rate in params.yaml"
         )
 
-    @cached_property
-    def _examples(self) -> Tensor:
-        """The test examples that likelihoods are measured on."""
-        return spread(self.stored.dataset.examples("test"), self._limit)
+    def _examples(self, rows: slice = slice(None)) -> Tensor:
+        """The test examples that likelihoods are measured on, or some of them."""
+        dataset = self.stored.dataset
+        return dataset.examples("test", spread(dataset.size("test"), self._limit)[rows])
 
     def _measured(self, priors: dict[str, Prior], pools: dict[str, Pool], options: LikelihoodOptions) -> dict[str, Tensor]:
         """Per-example numbers of all priors on the same test examples (:func:`spread`), kept on disk block by block.
 
         They are log-likelihoods, NCE losses of the priors that have a normaliser, and the model's KL terms.
         """
-        stored, examples = self.stored, self._examples
+        stored, count = self.stored, self._limit
 
         def compute(rows: range) -> dict[str, Tensor]:
-            x = examples[rows.start : rows.stop].to(hardware.device())
+            x = self._examples(slice(rows.start, rows.stop)).to(hardware.device())
             found = log_likelihoods(self._model, priors, pools, x, rows, stored.recipe.seed, options)
             for prior in pools:
                 losses = contrastive_losses(self._model, priors[prior], x, rows, stored.recipe.seed)
@@ -186,7 +186,7 @@ class Evaluation:
             "vae digest": stored.vae_document["digest"],
             "prior digests": {name: stored.identities.chain_digests(name, stored.vae.groups) for name in priors},
             "likelihood": plain(options),
-            "examples": len(examples),
+            "examples": count,
         }
         modules = {module for name in priors for module in chain_modules(stored.recipe.experiment, name)}
         identity = Identity(
@@ -194,9 +194,9 @@ class Evaluation:
         )
         path = (
             stored.recipe.workspace.evaluation(stored.recipe.name)
-            / f"likelihood-{len(examples)}-seed-{stored.recipe.seed}.safetensors"
+            / f"likelihood-{count}-seed-{stored.recipe.seed}.safetensors"
         )
-        return in_blocks(path, identity, len(examples), stored.recipe.experiment.evaluate.batch, compute, self.report)
+        return in_blocks(path, identity, count, stored.recipe.experiment.evaluate.batch, compute, self.report)
 
     def _likelihood_rows(
         self, key: str, values: Tensor, found: dict[str, Tensor], pools: dict[str, Pool], density: Tensor | None
@@ -239,96 +239,89 @@ class Evaluation:
         few = kind in ("plugin", "sampler") and self.stored.vae.groups > 1 and size > resamples
         return f"normalisers of {resamples} resampled" if few else ""
 
-    @cached_property
-    def _posterior_pass(self) -> tuple[list[Tensor], Tensor]:
-        """z_k ~ q(z_k) for test examples, group by group, and what they decode to (as samples are decoded)."""
-        stored, device = self.stored, hardware.device()
-        x = spread(stored.dataset.examples("test"), stored.recipe.experiment.sample.images).to(device)
-        rows, codes = range(len(x)), []
-        with torch.no_grad():
-            context = posterior_pass(
-                stored.vae,
-                x,
-                lambda k: Noise(stored.recipe.seed, "aggregate", k, rows=rows, device=device),
-                lambda k, context, posterior, z: codes.append(z.cpu()),  # noqa: ARG005
-            )
-            decoded = stored.vae.decode(context)
-            noise = Noise(stored.recipe.seed, "aggregate-decoder", rows=rows, device=device)
-            images = decoded.mean if stored.recipe.experiment.sample.decoding == "mean" else decoded.draw(noise)
-        return codes, images.cpu()
-
     def _samples(self, prior: str, sampler: str) -> Iterator[Row]:
         stored = self.stored
-        drawn = stored.samples(prior, sampler)
+        drawn, groups = stored.samples(prior, sampler), range(stored.vae.groups)
         options = stored.recipe.experiment.samplers[sampler]
-        n, seconds = len(drawn["x"]), drawn["seconds"]
+        n, seconds = drawn.total, drawn.diagnostic("seconds")
         common = {
             "sampler": sampler,
             "proposals": getattr(options, "proposals", 0),
             "seconds": seconds.sum().item(),
-            "precision": stored.samples_document(prior, sampler)["precision"],
+            "precision": "+".join(sorted({file.document["precision"] for file in drawn.files})),
         }
 
         def row(metric: str, value: float, stderr: float, **more: Any) -> Row:
             return self._row(prior, metric, value, stderr, n, **common, **more)
 
-        yield row("seconds-per-image", *mean_and_error_over_blocks(seconds, drawn["block"])[:2])
-        proposals = torch.stack([drawn[f"proposals/k{k:02d}"] for k in range(stored.vae.groups)]).sum(0)
+        yield row("seconds-per-image", *mean_and_error_over_blocks(seconds, drawn.diagnostic("block"))[:2])
+        proposals = torch.stack([drawn.diagnostic(f"proposals/k{k:02d}") for k in groups]).sum(0)
         yield row("proposals-per-image", *mean_and_error(proposals)[:2])
-        for group, share in under_floor(drawn).items():
+        for group, share in drawn.under_floor(stored.vae.groups).items():
             yield row(f"ess-floor-share/{group}", share, (share * (1 - share) / n) ** 0.5)
-        for k in range(stored.vae.groups):
-            yield row(f"ess-fraction/k{k:02d}", *mean_and_error(drawn[f"ess/k{k:02d}"])[:2])
+        for k in groups:
+            yield row(f"ess-fraction/k{k:02d}", *mean_and_error(drawn.diagnostic(f"ess/k{k:02d}"))[:2])
             if SAMPLERS[options.method](options).accepts:
-                yield row(f"acceptance/k{k:02d}", *mean_and_error(drawn[f"acceptance/k{k:02d}"])[:2])
-            distance = mmd.mmd(self._posterior_pass[0][k], drawn[f"z/k{k:02d}"])
-            yield row(f"mmd2/k{k:02d}", distance.value, distance.stderr, features=_bandwidths(distance.bandwidths))
-        yield from self._quality(prior, drawn["x"], **common)
+                yield row(f"acceptance/k{k:02d}", *mean_and_error(drawn.diagnostic(f"acceptance/k{k:02d}"))[:2])
+            latents = drawn.latents(k)
+            distance = mmd.mmd(self._aggregate.latents(k), latents)
+            about = {"features": _bandwidths(distance.bandwidths)}
+            yield self._row(prior, f"mmd2/k{k:02d}", distance.value, distance.stderr, len(latents), **common, **about)
+        yield from self._quality_of(prior, drawn, f"{prior}+{sampler}", **common)
 
-    def _quality(self, prior: str, x: Tensor, **common: Any) -> Iterator[Row]:
-        """How good decoded samples are: off the modes where the modes are known, FID and KID where there is a network."""
+    @cached_property
+    def _aggregate(self) -> Samples:
+        """The aggregate posterior: z_k ~ q(z_k) for test examples, and what they decode to, as samples are decoded."""
+        return aggregate_posterior(self.stored, self.report)
+
+    def _quality_of(self, prior: str, drawn: Samples, name: str, **common: Any) -> Iterator[Row]:
+        """Of samples, of which images are seen through their features, and points as they are."""
+        if self.stored.recipe.experiment.evaluate.features is None:
+            points = torch.cat(list(drawn.parts())) if spec(self.stored.recipe.experiment.dataset).truth else None
+            yield from self._quality(prior, drawn.total, points, None, **common)
+        else:
+            yield from self._quality(prior, drawn.total, None, self._features.of_samples(drawn, name), **common)
+
+    def _quality(self, prior: str, n: int, points: Tensor | None, seen: Tensor | None, **common: Any) -> Iterator[Row]:
+        """How good n samples are: off the modes where the modes are known, FID and KID where there is a network.
+
+        Args:
+            prior: whose.
+            n: how many.
+            points: themselves, where the modes are known, (n, d).
+            seen: their features, where there is a network, (n, features).
+            common: columns of the rows.
+        """
         stored = self.stored
-        if truth := spec(stored.recipe.experiment.dataset).truth:
-            share, stderr = modes.off_mode_share(x, truth.means, truth.sigma)
-            yield self._row(prior, "off-mode-share", share, stderr, len(x), **common)
-            yield self._row(prior, "modes-hit", modes.modes_hit(x, truth.means, truth.sigma), 0.0, len(x), **common)
-        if stored.recipe.experiment.evaluate.features is not None:
-            network, reference = self._network, self._reference
-            settings = stored.recipe.experiment.sample
+        if (truth := spec(stored.recipe.experiment.dataset).truth) and points is not None:
+            share, stderr = modes.off_mode_share(points, truth.means, truth.sigma)
+            yield self._row(prior, "off-mode-share", share, stderr, n, **common)
+            yield self._row(prior, "modes-hit", modes.modes_hit(points, truth.means, truth.sigma), 0.0, n, **common)
+        if seen is not None:
+            network, settings = self._features.network, stored.recipe.experiment.sample
             cold = f"; temperature {settings.temperature:g}" if settings.temperature != 1 else ""
-            name = f"{network.name}@{network.digest[:8]}; {settings.decoding} decoding{cold}"
-            ours = network(x)
+            bits = "; 8-bit pixels" if settings.pixels == "uint8" else ""
+            name = f"{network.name}@{network.digest[:8]}; {settings.decoding} decoding{cold}{bits}"
+            reference = self._features.of_data("train")
             for metric, measure in (("fid", frechet.fid), ("kid", kid.kid)):
-                value, stderr = measure(ours, reference, stored.recipe.seed)
-                found = f"{metric}-{network.name}-{len(x)}"
-                yield self._row(prior, found, value, stderr, len(x), features=name, **common)
+                value, stderr = measure(seen, reference, stored.recipe.seed)
+                yield self._row(prior, f"{metric}-{network.name}-{n}", value, stderr, n, features=name, **common)
 
     def _yardsticks(self) -> Iterator[Row]:
         """What the numbers are to be read against: the data's own, and the aggregate posterior's."""
         stored = self.stored
-        yield from self._quality(AGGREGATE, self._posterior_pass[1])
+        yield from self._quality_of(AGGREGATE, self._aggregate, AGGREGATE)
         if truth := spec(stored.recipe.experiment.dataset).truth:
-            yield self._row(DATA, "loglik", *mean_and_error(truth.log_density(self._examples.double())))
-            yield from self._quality(DATA, stored.dataset.examples("test"))
+            yield self._row(DATA, "loglik", *mean_and_error(truth.log_density(self._examples().double())))
+            points = stored.dataset.examples("test")
+            yield from self._quality(DATA, len(points), points, None)
         if stored.recipe.experiment.evaluate.features is not None:
-            yield from self._quality(DATA, stored.dataset.images("test"))
+            seen = self._features.of_data("test")
+            yield from self._quality(DATA, len(seen), None, seen)
 
     @cached_property
-    def _network(self) -> features.FeatureNetwork:
-        return load_features(self.stored, self.report)
-
-    @cached_property
-    def _reference(self) -> Tensor:
-        return self._network(self.stored.dataset.images("train"))
-
-
-def spread(examples: Tensor, count: int) -> Tensor:
-    """``count`` examples, or all if there are fewer, evenly spread over the set (n, *shape).
-
-    Not the first ones: a set need not be in random order (the second half of MNIST's test set is of other writers).
-    """
-    count = min(count, len(examples))
-    return examples[torch.arange(count) * len(examples) // count]
+    def _features(self) -> Features:
+        return Features(self.stored, self.report)
 
 
 def _thinned(curve: Sequence[Sequence[float]], checks: int) -> Sequence[Sequence[float]]:
@@ -341,24 +334,11 @@ def _bandwidths(values: list[float]) -> str:
     return "rbf " + " ".join(f"{value:.4g}" for value in values)
 
 
-def _features_identity(stored: Stored) -> Identity:
-    return Identity(stored.recipe.name, 0, {"dataset digest": stored.dataset.digest}, source_digest("metrics.features"))
-
-
-def load_features(stored: Stored, report: Report) -> features.FeatureNetwork:
-    """The experiment's feature network; the small classifier is trained, or found trained, on the training images."""
-    name, data = stored.recipe.experiment.evaluate.features, stored.dataset
-    if name in features.INCEPTIONS:
-        return features.INCEPTIONS[name]()
-    path = stored.recipe.workspace.evaluation(stored.recipe.name) / "features.safetensors"
-    training, held_out = (features.Labelled(data.images(split), data.labels(split)) for split in ("train", "validation"))
-    return features.OwnClassifier(data.name, training, held_out, path, _features_identity(stored), report)
-
-
 def features_task(report: Report, recipe: Recipe) -> None:
-    """Make the feature network once, before the seeds share it."""
-    with exclusive(recipe.workspace.locks, f"{recipe.name}/features"):
-        load_features(Stored(recipe), report)
+    """Make the feature network, and features of the data set's own images, once, before the seeds share them."""
+    found = Features(Stored(recipe), report)
+    for split in ("train", "test"):
+        found.of_data(split)
 
 
 def evaluation_task(report: Report, recipe: Recipe, examples: int | None) -> list[Row]:

@@ -84,7 +84,7 @@ def of_artifacts(stored: Stored, folder: Path) -> Iterator[Path]:
     truth = spec(stored.recipe.experiment.dataset).truth
     try:
         layout = stored.vae.layout()
-        drawn = {(prior, sampler): stored.samples(prior, sampler)["x"] for prior, sampler in stored.recipe.draws()}
+        drawn = {(prior, sampler): stored.samples(prior, sampler).first(POINTS) for prior, sampler in stored.recipe.draws()}
     except UserError:
         return
     made_from = picture_digest(stored.recipe.experiment)
@@ -471,7 +471,7 @@ def _nce_against_ess(experiment: str, frame: pd.DataFrame) -> Figure | None:
 def _hole(stored: Stored, corrected: str) -> Figure:
     """The aggregate posterior over the prior's contours, the learned log r, and what is drawn from the learned prior."""
     device, prior, options = hardware.device(), stored.prior(corrected), stored.recipe.experiment.priors[corrected]
-    x = stored.dataset.examples("test")[:POINTS].to(device)
+    x = stored.dataset.examples("test", slice(POINTS)).to(device)
     rows, codes = range(len(x)), []
 
     def keep(_k: int, _context: torch.Tensor, _posterior: DiagonalNormal, z: torch.Tensor) -> None:
@@ -480,7 +480,7 @@ def _hole(stored: Stored, corrected: str) -> Figure:
     posterior_pass(stored.vae, x, lambda k: Noise(stored.recipe.seed, "figure", k, rows=rows, device=device), keep)
     # SIR with the most proposals, if the prior is drawn by SIR at all.
     sampler = max(options.samplers, key=lambda name: getattr(stored.recipe.experiment.samplers[name], "proposals", 0))
-    drawn = stored.samples(corrected, sampler)["z/k00"]
+    drawn = stored.samples(corrected, sampler).latents(0)
     ticks = torch.linspace(-PLANE, PLANE, CELLS)
     plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).view(-1, 1, 2).to(device)
     context = stored.vae.start(1)
@@ -504,7 +504,7 @@ def _against_modes(drawn: dict[tuple[str, str], torch.Tensor], truth: Truth) -> 
     """Samples of every prior and sampler over the true modes."""
     figure, axes = _panels(len(drawn), 3.2)
     for axis, ((prior, sampler), x) in zip(axes, drawn.items(), strict=True):
-        _dots(axis, x[:POINTS], 2, color=COLOURS[0], alpha=0.4)
+        _dots(axis, x, 2, color=COLOURS[0], alpha=0.4)
         _dots(axis, truth.means, 12, facecolors="none", edgecolors=CONTRAST, linewidths=0.7)
         axis.set(title=f"{prior} by {sampler}", xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), aspect="equal", xticks=[], yticks=[])
     return figure

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from datasets.registry import spec
 from metrics import features
 from pipelines.config import Config, Experiment, plain
 from pipelines.identities import chain_modules, group_source, samples_source, vae_source
@@ -56,7 +57,9 @@ def fingerprint(
         config["sampler"] = plain(experiment.samplers[sampler])
         sources["samples"] = samples_source(experiment, prior, sampler)
     if sampler or prior == AGGREGATE:
-        config["sample"] = plain(experiment.sample)
+        # Floats are the numbers of the draw themselves: that they are kept says nothing, and the files' size neither.
+        floats = spec(experiment.dataset).kind == "points" or experiment.sample.pixels == "float32"
+        config["sample"] = plain(experiment.sample, "rows_per_file", *(("pixels",) if floats else ()))
     measuring = next((found for names, found in MEASURED_BY.items() if re.match(names, metric)), ())
     if "metrics.likelihood" in measuring:
         config |= {"likelihood": plain(experiment.evaluate.likelihood), "examples": experiment.evaluate.examples}

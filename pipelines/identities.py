@@ -81,7 +81,10 @@ class Identities:
             "vae digest": self._documents.vae_document["digest"],
             "prior digests": self.chain_digests(prior, groups),
             "sampler": plain(options),
-            "sample": plain(experiment.sample, *(() if experiment.sample.readjust else ("batch",))),
+            # Row i is the same however many there are, and in whatever files.
+            "sample": plain(
+                experiment.sample, "images", "rows_per_file", *(() if experiment.sample.readjust else ("batch",))
+            ),
             "seed": recipe.seed,
         }
         source = samples_source(experiment, prior, sampler)

@@ -14,8 +14,9 @@ from models.folding import folded
 from models.protocol import HierarchicalVAE
 from pipelines.identities import Identities
 from pipelines.recipe import Recipe
+from pipelines.samples import Samples
 from priors.protocol import GroupPrior, Prior
-from runtime import checkpoints, hardware
+from runtime import checkpoints, hardware, rowfiles
 from runtime.errors import UserError
 from runtime.identity import Identity
 from runtime.randomness import initialising
@@ -33,17 +34,18 @@ class Stored:
     def __init__(self, recipe: Recipe):
         self.recipe, self.identities = recipe, Identities(recipe, self)
         self._groups: dict[tuple[str, int], tuple[GroupPrior, Document]] = {}
-        self._samples_documents: dict[tuple[str, str], Document] = {}
+        self._samples: dict[tuple[str, str], Samples] = {}
 
     @cached_property
     def dataset(self) -> data.Dataset:
         """The prepared data set."""
-        return data.load(self.recipe.experiment.dataset, self.recipe.workspace.data(self.recipe.name))
+        name = self.recipe.experiment.dataset
+        return data.load(name, self.recipe.workspace.prepared(name))
 
     def dataset_digest(self) -> str:
         """Of the data set here; a published VAE can do without it, and is then taken at its word."""
         path = self._vae_path
-        if self.recipe.workspace.data(self.recipe.name).exists() or self.recipe.is_own(path):
+        if self.recipe.workspace.prepared(self.recipe.experiment.dataset).exists() or self.recipe.is_own(path):
             return self.dataset.digest
         dataset = checkpoints.load(path, f"priorhole train-vae {self.recipe.name}")[1]["config"].get("dataset", {})
         return dataset.get("digest", "")
@@ -115,22 +117,20 @@ class Stored:
         """What a file of samples is made from."""
         return self.identities.samples(prior, sampler, self.vae.groups)
 
-    def samples(self, prior: str, sampler: str) -> dict[str, Tensor]:
-        """What was drawn: as ``priors.sampling.draw`` returns it, for all images."""
-        recipe = self.recipe
-        path = recipe.workspace.samples(recipe.name, prior, sampler, recipe.seed)
-        identity = self.samples_identity(prior, sampler)
-        tensors, document = self._verified(path, identity, f"what {sampler} drew from {prior}", "sample")
-        if document.get("rows") != recipe.experiment.sample.images:
-            raise UserError(f"{path} is unfinished; make it with: priorhole sample {recipe.name}")
-        self._samples_documents[prior, sampler] = document
-        return tensors
-
-    def samples_document(self, prior: str, sampler: str) -> Document:
-        """The metadata of what was drawn."""
-        if (prior, sampler) not in self._samples_documents:
-            self.samples(prior, sampler)
-        return self._samples_documents[prior, sampler]
+    def samples(self, prior: str, sampler: str) -> Samples:
+        """What was drawn, all images of it; its files are read when something of them is asked for."""
+        if (prior, sampler) not in self._samples:
+            recipe, identity = self.recipe, self.samples_identity(prior, sampler)
+            made_by = f"priorhole sample {recipe.name}"
+            folder = recipe.workspace.samples(recipe.name, prior, sampler, recipe.seed)
+            files = [file for file in rowfiles.stored(folder, made_by) if file.rows.start < recipe.experiment.sample.images]
+            for file in files:
+                checkpoints.require_configuration(file.path, file.document, identity, made_by)
+                self._note_earlier_code(file.path, file.document, identity, f"what {sampler} drew from {prior}", "sample")
+            if not files or rowfiles.gaps(files, recipe.experiment.sample.images):
+                raise UserError(f"{folder} is missing or unfinished; make it with: {made_by}")
+            self._samples[prior, sampler] = Samples(files, recipe.experiment.sample.images, made_by)
+        return self._samples[prior, sampler]
 
     def sources(self, prior: str, sampler: str) -> dict[str, str]:
         """Digests of the code that made the files behind a row, as ``fingerprints.fingerprint`` takes them."""
@@ -143,17 +143,19 @@ class Stored:
                 made_by = {self.prior_document(name, k)["source"] for k in learned}
                 sources[f"prior {name}"] = "+".join(sorted(made_by))
         if sampler:
-            sources["samples"] = self.samples_document(prior, sampler)["source"]
+            sources["samples"] = "+".join(sorted({file.document["source"] for file in self.samples(prior, sampler).files}))
         return sources
 
     def _verified(self, path: Path, identity: Identity, what: str, stage: str) -> tuple[dict[str, Tensor], Document]:
         """A file of this identity; a line on stderr says if earlier code made it."""
-        name = self.recipe.name
-        tensors, document = checkpoints.load_verified(path, identity, f"priorhole {stage} {name}")
+        tensors, document = checkpoints.load_verified(path, identity, f"priorhole {stage} {self.recipe.name}")
+        self._note_earlier_code(path, document, identity, what, stage)
+        return tensors, document
+
+    def _note_earlier_code(self, path: Path, document: Document, identity: Identity, what: str, stage: str) -> None:
         if document["source"] != identity.source:
             owner = self.recipe.owner(path)
             _say_once(f"note: {owner}: {what} was made by earlier code; 'priorhole {stage} {owner}' makes it anew")
-        return tensors, document
 
 
 @cache

@@ -44,9 +44,14 @@ def draw(
 
     context, groups = sampler.top_down(model, prior, len(rows), streams)
     found = {f"{name}/k{k:02d}": value for k, drawn in enumerate(groups) for name, value in vars(drawn).items()}
-    decoded = model.decode(context)
     noise = Noise(seed, f"{purpose}-decoder", rows=rows, device=device)
-    return {"x": decoded.mean if decoding == "mean" else decoded.draw(noise)} | found
+    return {"x": decoded(model, context, noise, decoding)} | found
+
+
+def decoded(model: HierarchicalVAE, context: Tensor, noise: Noise, decoding: Decoding) -> Tensor:
+    """The data (batch, *data shape) of a context behind the last group: p(x | z)'s ``mean``, or a ``sample`` of it."""
+    likelihood = model.decode(context)
+    return likelihood.mean if decoding == "mean" else likelihood.draw(noise)
 
 
 def readjusted(

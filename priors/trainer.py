@@ -108,7 +108,7 @@ def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, d
         with autocast(options.precision, device.type):
             return [_loss(slot_of[trainee.name], found, step) for trainee in active]
 
-    validation = dataset.examples("validation")[: options.held_out]
+    validation = dataset.examples("validation", slice(options.held_out))
 
     def held_out(active: Sequence[Trainee]) -> list[float]:
         """The loss on validation examples, with the same draws at every check."""

@@ -1,4 +1,4 @@
-"""Work over many rows, block by block, that survives being killed: sampling and likelihoods."""
+"""Work over many rows, block by block, that survives being killed: likelihoods, some numbers for each test example."""
 
 import math
 import time
@@ -66,12 +66,7 @@ def in_blocks(
     saved = time.monotonic()
     while done < total:
         rows = range(done, min(done + block, total))
-        started = _clock()
-        part = compute(rows)
-        per_row = (_clock() - started) / len(rows)
-        parts.append({name: value.detach().cpu() for name, value in part.items()})
-        parts[-1]["seconds"] = torch.full((len(rows),), per_row, dtype=torch.float64)
-        parts[-1]["block"] = torch.full((len(rows),), index, dtype=torch.int64)
+        parts.append(timed(compute, rows, index))
         done, index = rows.stop, index + 1
         if done < total and time.monotonic() - saved > SAVE_SECONDS:
             parts = [_concatenate(parts)]
@@ -81,6 +76,21 @@ def in_blocks(
     found = _concatenate(parts)
     checkpoints.save(path, found, identity, rows=total)
     partial.unlink(missing_ok=True)
+    return found
+
+
+def timed(compute: Callable[[range], Rows], rows: range, index: int) -> Rows:
+    """``compute(rows)`` on the CPU, with ``seconds`` and ``block``.
+
+    Returns:
+        What was computed; under ``seconds`` the time that each row took (rows,), shared evenly; under ``block`` the index.
+    """
+    started = _clock()
+    part = compute(rows)
+    per_row = (_clock() - started) / len(rows)
+    found = {name: value.detach().cpu() for name, value in part.items()}
+    found["seconds"] = torch.full((len(rows),), per_row, dtype=torch.float64)
+    found["block"] = torch.full((len(rows),), index, dtype=torch.int64)
     return found
 
 

@@ -22,7 +22,7 @@ class Pixels(FeatureNetwork):
 
 def own_classifier(folder, monkeypatch):
     monkeypatch.setattr(OwnClassifier, "steps", 2)
-    labelled = Labelled(torch.rand(40, 1, 8, 8), torch.arange(40) % 4)
+    labelled = Labelled(torch.rand(40, 1, 8, 8).__getitem__, torch.arange(40) % 4)
     return OwnClassifier("toy", labelled, labelled, folder / "features.safetensors", Identity("toy", 0))
 
 

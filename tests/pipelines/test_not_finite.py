@@ -1,20 +1,21 @@
 """Numbers that are not finite stop at the next boundary between stages, named; diagnostics may be NaN."""
 
+import json
 import math
 import shutil
 import sys
 
 import pytest
 import torch
-from tiny import tiny, write_params
+from tiny import ALL_ROWS, tiny, write_params
 
-from pipelines import cli, evaluation, tracking, work
+from pipelines import cli, evaluation, samples, tracking
 from pipelines.evaluation import evaluation_task
 from pipelines.recipe import Recipe
 from pipelines.stages import Pipeline
 from pipelines.work import prior_task, sample_task, vae_task
 from priors.gmm import GaussianMixturePrior
-from runtime import checkpoints
+from runtime import arrays, checkpoints
 from runtime.errors import UserError
 from runtime.identity import Identity
 from runtime.progress import silent
@@ -141,14 +142,14 @@ def test_a_chain_that_diverges_is_named_and_exits_2(done, monkeypatch, capsys):
     assert stop.value.code == 2
     assert "flat: ncp by langevin, seed 0, images 0 to 19: z/k00 is not finite in 20 of 20" in line
     assert "step_size" in line
-    assert not recipe(done).workspace.samples("flat", "ncp", "langevin", 0).exists()
+    assert not list(recipe(done).workspace.samples("flat", "ncp", "langevin", 0).glob("*"))
 
 
 @pytest.mark.parametrize("value", BROKEN)
 @pytest.mark.parametrize("key", ["z/k00", "x"])
 @pytest.mark.parametrize("draw", [("normal", "ancestral"), ("ncp", "langevin"), ("ncp-gmm", "sir-20")], ids="+".join)
 def test_samples_that_are_not_finite_are_not_measured(done, monkeypatch, draw, key, value):
-    path = recipe(done).workspace.samples("flat", *draw, 0)
+    path = recipe(done).workspace.samples("flat", *draw, 0) / ALL_ROWS
     tensors, document = checkpoints.load(path, "")
     tensors[key][[3, 5, 7], 1] = value
     identity = Identity(*(document[name] for name in ("experiment", "seed", "config", "source", "precision")))
@@ -165,7 +166,7 @@ def test_samples_that_are_not_finite_are_not_measured(done, monkeypatch, draw, k
 
 
 def test_a_diagnostic_that_is_nan_is_measured(done):
-    path = recipe(done).workspace.samples("flat", "ncp", "langevin", 0)
+    path = recipe(done).workspace.samples("flat", "ncp", "langevin", 0) / ALL_ROWS
     tensors, document = checkpoints.load(path, "")
     tensors["ess/k00"][:] = math.nan
     identity = Identity(*(document[name] for name in ("experiment", "seed", "config", "source", "precision")))
@@ -229,12 +230,12 @@ def test_weights_that_are_not_finite_are_named_before_any_likelihood(done, monke
 def test_the_first_group_that_broke_is_named(deep):
     drawn = {f"z/k{k:02d}": torch.zeros(6, 2, *((2, 2) if deep else ())) for k in range(12)} | {"x": torch.zeros(6, 3)}
     drawn["ess/k00"] = torch.full((6,), math.nan)
-    work.require_finite(drawn, "a")
+    samples.require_finite(drawn, "a")
     for k in (10, 2):
         drawn[f"z/k{k:02d}"][1:3] = math.nan
     drawn["x"][:] = math.nan
     with pytest.raises(UserError, match=r"^a: z/k02 is not finite in 2 of 6;"):
-        work.require_finite(drawn, "a")
+        samples.require_finite(drawn, "a")
 
 
 # Files of another version
@@ -244,8 +245,10 @@ KEYS = ["experiment", "seed", "config", "source", "precision", "digest", "revisi
 
 def rewritten(path, change):
     """Change a stored file's metadata, its tensors left as they are."""
-    import json
-
+    if path.is_dir():
+        document = path / arrays.DOCUMENT
+        document.write_text(json.dumps(change(json.loads(document.read_text()))))
+        return
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -256,15 +259,19 @@ def rewritten(path, change):
     save_file(tensors, path, metadata={"priorhole": json.dumps(document)})
 
 
+def read_digest(path):
+    return (arrays if path.is_dir() else checkpoints).load(path, "")[1]["digest"]
+
+
 def without(*keys):
     return lambda document: {key: value for key, value in document.items() if key not in keys}
 
 
 FILES = {
-    "data": lambda workspace: workspace.data("flat"),
+    "data": lambda workspace: workspace.prepared("gaussians25"),
     "vae": lambda workspace: workspace.vae("flat", 0),
     "prior": lambda workspace: workspace.prior("flat", "ncp", 0, 0),
-    "samples": lambda workspace: workspace.samples("flat", "ncp", "langevin", 0),
+    "samples": lambda workspace: workspace.samples("flat", "ncp", "langevin", 0) / ALL_ROWS,
 }
 MAKES = {"data": "fetch", "vae": "train_vae", "prior": "train_prior", "samples": "sample"}
 SPOILT = {
@@ -281,7 +288,7 @@ SAID_NOWHERE = {"no precision": without("precision"), "no history": without("his
 @pytest.mark.parametrize("kind", SPOILT)
 def test_a_file_of_another_version_is_one_line_for_who_reads_it_and_redone_by_who_writes_it(done, file, kind):
     path = FILES[file](recipe(done).workspace)
-    before = checkpoints.load(path, "")[1]["digest"]
+    before = read_digest(path)
     rewritten(path, SPOILT[kind])
     if file != "data":
         with pytest.raises(UserError) as error:
@@ -289,7 +296,7 @@ def test_a_file_of_another_version_is_one_line_for_who_reads_it_and_redone_by_wh
         assert path.name in str(error.value)
         assert len(str(error.value).splitlines()) == 1
     getattr(Pipeline(done), MAKES[file])("flat")
-    assert (checkpoints.load(path, "")[1]["digest"] == before) or file == "samples"  # which keep the time that they took
+    assert (read_digest(path) == before) or file == "samples"  # which keep the time that they took
 
 
 @pytest.mark.parametrize("file", ["vae", "prior", "samples"])

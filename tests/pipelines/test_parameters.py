@@ -146,8 +146,8 @@ def test_the_longest_names_fit_into_every_file_name(checkout):
 
     workspace, name = Pipeline(checkout).workspace, "n" * 60
     path = workspace.samples(name, name, name, 2**32 - 1)
-    path.parent.mkdir(parents=True)
-    path.with_name(f".{path.stem}.partial.safetensors.{2**22}.tmp").touch()
+    path.mkdir(parents=True)
+    (path / f".rows-00000000-00002000.safetensors.{2**22}.tmp").touch()
     with exclusive(workspace.locks, f"{name}/samples/{name}+{name}/seed-{2**32 - 1}"):
         pass
 
@@ -375,6 +375,11 @@ FATAL = {
 }
 UNBUILDABLE = {
     "a group that the model has not": ((*DEEP, "priors", "evalp", "groups"), [0, 3], "priors.evalp.groups: 3 is too many"),
+    "a mixture of more latents than codes": (
+        (*FLAT, "model", "latents"),
+        50,
+        "priors.gmm: 2 full covariances of 50 latents",
+    ),
     "a VAE without an end": ((*FLAT, "model", "width"), 2**16, "parameters"),
     "a network without an end": ((*FLAT, "priors", "ncp", "network"), {"width": 2**16, "depth": 4}, "parameters"),
 }

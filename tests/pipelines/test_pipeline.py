@@ -11,12 +11,12 @@ import time
 
 import pytest
 import torch
-from tiny import double, kill_self, tiny, tiny_beyond, write_params
+from tiny import ALL_ROWS, double, kill_self, tiny, tiny_beyond, write_params
 
 from pipelines import fingerprints, results
 from pipelines import stored as pipelines_stored
+from pipelines.aggregate import leading, spread
 from pipelines.config import read
-from pipelines.evaluation import spread
 from pipelines.fanout import Machine
 from pipelines.recipe import Recipe
 from pipelines.stages import Pipeline
@@ -122,10 +122,16 @@ def test_gpus_that_the_cluster_lacks_are_said_at_once(checkout):
 
 SLOWED = """
 import sys
+import time
 from pathlib import Path
 from metrics.features import OwnClassifier
 from runtime import training
 training.SAVE_SECONDS = 0.0
+update = training.Trainee.update
+def slow(*arguments):
+    time.sleep(0.02)  # or it ends while a checkpoint is written in the background
+    return update(*arguments)
+training.Trainee.update = slow
 from pipelines.stages import Pipeline
 getattr(Pipeline(Path.cwd()), sys.argv[1])("deep")
 """
@@ -170,32 +176,35 @@ class Killed(BaseException):
     pass
 
 
-def test_sampling_and_evaluation_go_on_from_a_partial_file(checkout, monkeypatch):
+def test_sampling_goes_on_from_whole_files_and_evaluation_from_a_partial_one(checkout, monkeypatch):
     from runtime import blocks
 
+    params = tiny()
+    params["experiments"]["flat"]["sample"] |= {"images": 130, "rows_per_file": 100}
+    write_params(checkout, params)
     whole = numbers(run_all(checkout, ["flat"]))
     folder = checkout / "artifacts" / "flat"
-    paths = [*folder.glob("samples/*/*.safetensors"), *folder.glob("evaluation/*.safetensors")]
-    stored = {path: checkpoints.load(path, "")[0] for path in paths}
-    assert {path.parent.name for path in paths} >= {"ncp+sir-20", "evaluation"}
-    for path in paths:
+    samples, likelihoods = list(folder.glob("samples/*/*/*.safetensors")), list(folder.glob("evaluation/*.safetensors"))
+    stored = {path: checkpoints.load(path, "")[0] for path in (*samples, *likelihoods)}
+    assert len(samples) == 2 * 2 * 5  # files, seeds, draws
+    for path in stored:
         path.unlink()
     killed, save = [], checkpoints.save
 
     def killing_save(path, *arguments, **metadata):
         save(path, *arguments, **metadata)
-        if path.name.endswith(".partial.safetensors"):
+        if path.name.endswith(".partial.safetensors") or path in samples:
             killed.append(path)
             raise Killed
 
     monkeypatch.setattr(blocks, "SAVE_SECONDS", -1.0)
     monkeypatch.setattr(checkpoints, "save", killing_save)
     for stage in ("sample", "evaluate"):
-        for _ in range(len(paths) + 1):  # each file is killed once, after its first block of two
+        for _ in range(len(stored) + 1):  # once at each file of samples, and after the first block of two of likelihoods
             with contextlib.suppress(Killed):
                 getattr(Pipeline(checkout), stage)("flat")
                 break
-    assert sorted(killed) == sorted(blocks.partial_path(path) for path in paths)
+    assert sorted(killed) == sorted([*samples, *map(blocks.partial_path, likelihoods)])
     for path, tensors in stored.items():
         again = checkpoints.load(path, "")[0]
         assert all(torch.equal(values, again[name]) for name, values in tensors.items() if name != "seconds")
@@ -203,20 +212,50 @@ def test_sampling_and_evaluation_go_on_from_a_partial_file(checkout, monkeypatch
     assert whole.equals(numbers(run_all(checkout, ["flat"])))
 
 
-@pytest.mark.parametrize("how", ["only begun", "cut short"])
-def test_unfinished_samples_are_no_samples(checkout, how):
-    from runtime import blocks
+def test_the_size_of_files_changes_no_number(checkout):
+    params, tables = tiny(), []
+    deep = params["experiments"]["deep"]
+    for rows, files in ((1000, 1), (150, 2), (1, 3)):  # of whole batches: 300, 200 and 100 rows
+        deep["sample"] |= {"images": 230, "batch": 50, "rows_per_file": rows}
+        write_params(checkout, params)
+        for folder in ("samples", "measured"):
+            shutil.rmtree(checkout / "artifacts" / "deep" / folder, ignore_errors=True)
+        tables.append(numbers(run_all(checkout, ["deep"])))
+        assert len(list(Workspace(checkout).samples("deep", "ncp", "sir-20", 0).iterdir())) == files
+    assert tables[0].equals(tables[1])
+    assert tables[0].equals(tables[2])
 
+
+def test_more_samples_are_added_to_those_that_there_are(checkout):
     run_all(checkout, ["flat"])
-    path = Workspace(checkout).samples("flat", "ncp", "sir-20", 0)
+    path = Workspace(checkout).samples("flat", "ncp", "sir-20", 0) / ALL_ROWS
+    written = path.stat().st_mtime_ns
+    params = tiny()
+    params["experiments"]["flat"]["sample"]["images"] = 50
+    write_params(checkout, params)
+    with pytest.raises(UserError, match=r"unfinished; make it with: priorhole sample flat"):
+        Pipeline(checkout).evaluate("flat")
+    table = run_all(checkout, ["flat"])
+    assert path.stat().st_mtime_ns == written
+    assert (table[table.metric == "proposals-per-image"].n == 50).all()
+
+
+@pytest.mark.parametrize("how", ["only begun", "cut short", "a file is gone"])
+def test_unfinished_samples_are_no_samples(checkout, how):
+    params = tiny()
+    params["experiments"]["flat"]["sample"] |= {"images": 230, "rows_per_file": 100}
+    write_params(checkout, params)
+    run_all(checkout, ["flat"])
+    folder = Workspace(checkout).samples("flat", "ncp", "sir-20", 0)
+    _, second, third = sorted(folder.iterdir())
     if how == "only begun":
-        path.rename(blocks.partial_path(path))
-    else:  # as if a whole file held fewer rows than the experiment asks for
-        tensors, _ = checkpoints.load(path, "")
-        stored = Stored(Recipe(read(checkout / "params.yaml"), "flat", 0, checkout))
-        cut = {name: values[:7] for name, values in tensors.items()}
-        checkpoints.save(path, cut, stored.samples_identity("ncp", "sir-20"), rows=7)
-    with pytest.raises(UserError, match=r"(missing|unfinished); make it with: priorhole sample flat"):
+        second.unlink()
+        third.unlink()
+    elif how == "a file is gone":
+        second.unlink()
+    else:
+        third.write_bytes(third.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"(missing|unfinished; make it with|is corrupt .*): priorhole sample flat"):
         Pipeline(checkout).evaluate("flat")
 
 
@@ -316,7 +355,7 @@ def test_what_is_trained_in_one_experiment_can_serve_another(checkout):
     pipeline.fetch("other")
     pipeline.sample("other")
     first, second = (Stored(Recipe(params, name, 0, checkout)) for name in ("flat", "other"))
-    assert torch.equal(first.samples("ncp", "sir-20")["x"], second.samples("ncp", "sir-20")["x"])
+    assert torch.equal(first.samples("ncp", "sir-20").first(30), second.samples("ncp", "sir-20").first(30))
     assert not (checkout / "artifacts" / "other" / "vae").exists()
     # A prior of another configuration does not serve, and one of its own goes before.
     own["ncp"]["learning_rate"] = 0.01
@@ -326,7 +365,8 @@ def test_what_is_trained_in_one_experiment_can_serve_another(checkout):
     pipeline.train_prior("other")
     pipeline.sample("other")
     changed = Stored(Recipe(params, "other", 0, checkout))
-    assert not torch.equal(first.samples("ncp", "sir-20")["ess/k00"], changed.samples("ncp", "sir-20")["ess/k00"])
+    ess = [stored.samples("ncp", "sir-20").diagnostic("ess/k00") for stored in (first, changed)]
+    assert not torch.equal(*ess)
 
 
 def test_one_vae_can_serve_every_seed(checkout):
@@ -342,9 +382,10 @@ def test_one_vae_can_serve_every_seed(checkout):
 
 
 def test_fewer_examples_are_spread_over_the_set():
-    examples = torch.arange(10)
-    assert spread(examples, 4).tolist() == [0, 2, 5, 7]
-    assert torch.equal(spread(examples, 30), examples)
+    assert spread(10, 4).tolist() == [0, 2, 5, 7]
+    assert spread(10, 30).tolist() == list(range(10))
+    assert leading(10, 4, 4).tolist() == [0, 2, 5, 7]
+    assert leading(20, 8, 3).tolist() == [0, 5, 12, 2, 7, 10, 15, 17]  # the first three are spread too
 
 
 def test_every_likelihood_says_its_samples_and_is_paired_with_the_base_at_the_same(checkout):
@@ -378,8 +419,8 @@ def test_a_prior_without_parameters_follows_the_one_below_it(checkout):
         getattr(pipeline, stage)("deep")
     workspace = Workspace(checkout)
     paths = [
-        workspace.samples("deep", "amortised", "ancestral", 0),
-        workspace.samples("deep", "ncp-amortised", "langevin", 0),
+        workspace.samples("deep", "amortised", "ancestral", 0) / ALL_ROWS,
+        workspace.samples("deep", "ncp-amortised", "langevin", 0) / ALL_ROWS,
         workspace.prior("deep", "ncp-amortised", 0, 0),
     ]
     before = [checkpoints.load(path, "")[0] for path in paths]
@@ -400,7 +441,7 @@ def test_a_prior_without_parameters_follows_the_one_below_it(checkout):
     [
         ("vae/seed-0.safetensors", "train-vae", "the VAE"),
         ("priors/ncp/seed-0/k00.safetensors", "train-prior", "the prior ncp"),
-        ("samples/ncp+sir-20/seed-0.safetensors", "sample", "what sir-20 drew from ncp"),
+        (f"samples/ncp+sir-20/seed-0/{ALL_ROWS}", "sample", "what sir-20 drew from ncp"),
     ],
 )
 def test_files_made_by_earlier_code_are_used_and_said_to_be(checkout, capsys, pattern, stage, what):

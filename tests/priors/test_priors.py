@@ -8,6 +8,7 @@ from models.mlp import MLPVAE
 from models.protocol import Group
 from models.residual import ResidualHVAE
 from models.trainer import evidence
+from priors import gmm
 from priors.evalp import EnergyOptions
 from priors.flow import FlowOptions
 from priors.ncp import NoiseContrastivePrior
@@ -17,6 +18,7 @@ from priors.registry import PRIORS, SAMPLERS
 from priors.sampling import draw
 from priors.trainer import Slot, learn, pairs
 from runtime import checkpoints, hardware
+from runtime.errors import UserError
 from runtime.identity import Identity
 from runtime.randomness import Noise, generator, initialising
 
@@ -53,8 +55,8 @@ class Pixels:
     def train_batch(self, size, seed, step):
         return (torch.rand(size, 1, 8, 8, generator=generator(seed, "pixels", step=step)) < 0.3).float()
 
-    def examples(self, split):
-        return self.train_batch(20, 0, len(split))
+    def examples(self, split, rows=slice(None)):
+        return self.train_batch(20, 0, len(split))[rows]
 
 
 def frozen(name):
@@ -195,6 +197,27 @@ def test_the_mixture_finds_the_clusters_it_is_fitted_to():
     below = object()
     assert later.base(below, context) is below
     assert isinstance(prior, FittedPrior)
+
+
+@pytest.mark.parametrize(("latent", "components", "codes"), [((1280,), 10, 12810), ((20, 16, 16), 1, 5121), ((3,), 2, 8)])
+def test_a_covariance_of_more_latents_than_codes_is_refused(latent, components, codes):
+    options = PRIORS["gmm"].Options
+    with torch.device("meta"):
+        PRIORS["gmm"](options(components=components, codes=codes), Group(0, latent, (0,)))
+        PRIORS["gmm"](options(components=components, codes=10), Group(1, latent, (0,)))  # keeps the model's prior
+        with pytest.raises(UserError, match=rf"need {codes} codes and not {codes - 1}; raise codes"):
+            PRIORS["gmm"](options(components=components, codes=codes - 1), Group(0, latent, (0,)))
+
+
+@pytest.mark.parametrize("lead", [(), (7,)])
+def test_a_mixture_draws_the_same_however_many_factors_are_held_at_a_time(monkeypatch, lead):
+    stream = torch.Generator().manual_seed(0)
+    scales = torch.randn(3, 24, 24, generator=stream).tril()
+    mixture = gmm.Mixture(torch.full((3,), 1 / 3), torch.randn(3, 24, generator=stream), scales, 5, (6, 2, 2))
+    whole = mixture.draw(Noise(0, "z"), lead)
+    assert whole.shape == (*lead, 5, 6, 2, 2)
+    monkeypatch.setattr(gmm, "FACTORS_AT_ONCE", 2 * 24 * 24)
+    assert torch.allclose(mixture.draw(Noise(0, "z"), lead), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_context_and_proposals_are_scored_as_if_they_were_concatenated():

@@ -60,6 +60,10 @@ def write_params(folder, params):
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
 
+ALL_ROWS = "rows-00000000-00000030.safetensors"
+"""The file of all samples of a draw."""
+
+
 def kill_self(report):
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,0 +1,92 @@
+"""Features of images, which FID and KID are computed from, kept by the digest of what they are of.
+
+Those of a data set's own images are made once for all experiments on it; those of samples, once for each file of them.
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from metrics import features
+from metrics.features import FeatureNetwork
+from pipelines.samples import Samples
+from pipelines.stored import Stored
+from runtime import arrays, checkpoints
+from runtime.arrays import Blocks
+from runtime.files import exclusive
+from runtime.identity import Identity, source_digest
+from runtime.progress import Report
+
+IMAGES_AT_ONCE = 2000
+
+
+class Features:
+    """The feature network of one experiment, and what it has seen.
+
+    Args:
+        stored: one of the experiment's seeds.
+        report: told of the progress.
+    """
+
+    def __init__(self, stored: Stored, report: Report):
+        self._stored, self._report = stored, report
+        self._folder = stored.recipe.workspace.features(stored.dataset.name)
+        self._lock = f"features/{stored.dataset.name}"
+
+    @cached_property
+    def network(self) -> FeatureNetwork:
+        """The network; the small classifier is trained, or found trained, on the data set's training images."""
+        name, data = self._stored.recipe.experiment.evaluate.features, self._stored.dataset
+        if name in features.INCEPTIONS:
+            return features.INCEPTIONS[name]()
+        training, held_out = (
+            features.Labelled(lambda rows, split=split: data.images(split, rows), data.labels(split))  # type: ignore[misc]
+            for split in ("train", "validation")
+        )
+        with exclusive(self._stored.recipe.workspace.locks, self._lock, wait=True):
+            path = self._folder / "own.safetensors"
+            return features.OwnClassifier(data.name, training, held_out, path, self._identity(), self._report)
+
+    def of_data(self, split: str) -> Tensor:
+        """Of all images of a split of the data set, (n, features), mapped from the disk."""
+        data, network = self._stored.dataset, self.network
+        folder, identity = self._folder / f"{network.name}-{split}", self._identity(network=network.digest)
+        with exclusive(self._stored.recipe.workspace.locks, self._lock, wait=True):
+            found = arrays.load_current(folder, identity)
+            if found is None:
+                size = data.size(split)
+
+                def blocks():
+                    for rows in torch.arange(size).split(IMAGES_AT_ONCE):
+                        yield network(data.images(split, rows))
+                        self._report(int(rows[-1]) + 1, size, f"features of {split} images")
+
+                width = network(data.images(split, slice(1))).shape[1]
+                arrays.save(folder, {"features": Blocks((size, width), torch.float32, blocks())}, identity)
+        return arrays.load_verified(folder, identity, "the same command again")[0]["features"]
+
+    def of_samples(self, drawn: Samples, name: str) -> Tensor:
+        """Of samples, (n, features), file by file.
+
+        Args:
+            drawn: the samples.
+            name: of them within the experiment and the seed.
+        """
+        recipe, network, parts = self._stored.recipe, self.network, list[Tensor]()
+        folder = recipe.workspace.measured(recipe.name) / name / f"seed-{recipe.seed}" / network.name
+        for file in drawn.files:
+            path = folder / file.path.name
+            identity = self._identity(network=network.digest, file=file.document["digest"])
+            found = checkpoints.load_current(path, identity)
+            if found is None:
+                seen = network(drawn.whole(file))
+                checkpoints.save(path, {"features": seen}, identity, rows=len(seen))
+                self._report(min(file.rows.stop, drawn.total), drawn.total, f"features of {name}")
+                found = {"features": seen}, checkpoints.load_document(path, "the same command again")
+            parts.append(found[0]["features"])
+        return torch.cat(parts)[: drawn.total]
+
+    def _identity(self, **made_from: str) -> Identity:
+        config = made_from | {"dataset digest": self._stored.dataset.digest}
+        return Identity(self._stored.dataset.name, 0, config, source_digest("metrics.features"))
