@@ -27,17 +27,24 @@ normalisers for all of S would cost M times what the samples do. With v_s = w_s 
 and the second factor, a mean of 1/Z under π, is estimated without bias by the mean over T samples drawn from π. What stands
 inside the log still has the right expectation, so the bound remains one; it is a little lower than with all S normalisers,
 by about the variance of 1/Z under π over 2T. S samples then cost S scores and T·M, not S·M.
+
+**Memory.** What an example reads from its streams at a time is part of the definition of the draws: SAMPLES_AT_ONCE and
+PROPOSALS_AT_ONCE, the latter fewer on maps so large that DRAWN_AT_ONCE says so. How much of that is then worked on at a time
+is not: so many examples, samples and proposals that no tensor has more than BYTES_AT_ONCE, tried out on a few samples first
+(:class:`_Costs`). Larger can be only what cannot be parted: one sample, the TRIED of the trial where one takes more than
+BYTES_AT_ONCE / TRIED, and the noise of one example, drawn whole, for latents of more than 670 000 numbers.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import softplus
+from torch.overrides import TorchFunctionMode
 
 from models.distributions import DiagonalNormal, kl_divergence
 from models.protocol import HierarchicalVAE, LearnedPrior, descend, posterior_pass
@@ -47,6 +54,10 @@ from runtime.randomness import Noise
 
 PROPOSALS_AT_ONCE = 100
 SAMPLES_AT_ONCE = 100  # of each example: what a pass works on stays in the cache, and memory does not grow with S
+POOL_AT_ONCE = 2**12
+DRAWN_AT_ONCE = 2**24  # numbers of a pool's or an example's proposals
+BYTES_AT_ONCE = 2**28
+TRIED = 8
 SOME_BLOCKS = 30
 
 Count = Annotated[int, Field(ge=1)]
@@ -127,14 +138,114 @@ def scores(prior: LearnedPrior, k: int, z: Tensor, context: Tensor) -> tuple[Ten
     return log_r + (prior.base(k, context).log_prob(z) - prior.proposal(k, context).log_prob(z)).float(), log_r
 
 
+class _Sizes(TorchFunctionMode):
+    """Notes the bytes of the largest tensor that torch's functions return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.nbytes)
+        return result
+
+
+def _fitting(size: int, most: int) -> int:
+    """How many things of ``size`` bytes to work on at a time: 1 to ``most``."""
+    return min(max(BYTES_AT_ONCE // max(size, 1), 1), most)
+
+
+class _Shared(Noise):
+    """What is read from streams for many proposals in many contexts, handed out to parts of them.
+
+    A part's n-th reading is its part of the n-th reading for all, which the first part to get so far makes.
+
+    Args:
+        whole: the streams.
+        count, contexts: how many proposals in how many contexts.
+    """
+
+    def __init__(self, whole: Noise, count: int, contexts: int):
+        self.whole, self.size, self.device = whole, (count, contexts), whole.device
+        self._drawn: list[Tensor] = []
+
+    def part(self, proposals: slice, contexts: slice) -> Noise:
+        """Those of some of the proposals in some of the contexts, from their first reading on."""
+        self._chosen, self._next = (proposals, contexts), 0
+        return self
+
+    def normal(self, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:  # noqa: ARG002
+        """The part's share."""
+        return self._share(self.whole.normal, batch[1:])
+
+    def uniform(self, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:  # noqa: ARG002
+        """The part's share."""
+        return self._share(self.whole.uniform, batch[1:])
+
+    def _share(self, draw: Callable[..., Tensor], event: tuple[int, ...]) -> Tensor:
+        if self._next == len(self._drawn):
+            self._drawn.append(draw(self.size[:1], (self.size[1], *event)))
+        self._next += 1
+        return self._drawn[self._next - 1][self._chosen]
+
+
+def _parts(size: int, whole: int) -> list[slice]:
+    return [slice(first, first + size) for first in range(0, whole, size)]
+
+
+class _Proposals:
+    """Proposals of a group in contexts (batch, …), drawn and scored in parts of which each tensor fits the memory.
+
+    Args:
+        prior, k, context: whose proposals, of which group, and where.
+        cost: bytes that one takes (:func:`_proposal`).
+    """
+
+    def __init__(self, prior: LearnedPrior, k: int, context: Tensor, cost: int):
+        self.prior, self.k, self.context = prior, k, context
+        contexts = _fitting(cost, len(context))
+        self.at_once = max(1, _fitting(cost, BYTES_AT_ONCE) // contexts)
+        self.parts = [(some, context[some], prior.proposal(k, context[some])) for some in _parts(contexts, len(context))]
+
+    def log_w(self, noise: Noise, count: int) -> Tensor:
+        """log w (:func:`scores`) of the next ``count`` in every context, (count, batch)."""
+        shared, columns = _Shared(noise, count, len(self.context)), list[Tensor]()
+        for some, seen, proposal in self.parts:
+            found = list[Tensor]()
+            for chosen in _parts(self.at_once, count):
+                z = proposal.draw(shared.part(chosen, some), (len(range(count)[chosen]),))
+                found.append(scores(self.prior, self.k, z, seen)[0])
+            columns.append(torch.cat(found))
+        return torch.cat(columns, dim=1)
+
+
+def _proposal(prior: LearnedPrior, k: int, context: Tensor) -> tuple[int, int]:
+    """How many numbers a z of group k has, and bytes of the largest tensor that scoring one makes: tried in context[:1]."""
+    seen = context[:1]
+    with _Sizes() as sizes:
+        z = prior.proposal(k, seen).draw(Noise(0, "likelihood-tried", k, device=seen.device), (TRIED,))
+        scores(prior, k, z, seen)
+    return z[0].numel(), -(-sizes.largest // TRIED)
+
+
 @torch.no_grad()
 def fill_pool(model: HierarchicalVAE, prior: LearnedPrior, seed: int, size: int, report: Report = silent) -> Pool:
     """Score ``size`` base samples of the first group, telling ``report`` of the progress."""
     context = model.start(1)
-    noise, proposal = Noise(seed, "pool", device=context.device), prior.proposal(0, context)
-    chunk, found = 2**12, list[Tensor]()
+    noise, found = Noise(seed, "pool", device=context.device), list[Tensor]()
+    numbers, cost = _proposal(prior, 0, context)
+    proposals, chunk = _Proposals(prior, 0, context, cost), _drawn(POOL_AT_ONCE, numbers)
     for first in range(0, size, chunk):
-        found.append(scores(prior, 0, proposal.draw(noise, (min(chunk, size - first),)), context)[0])
+        found.append(proposals.log_w(noise, min(chunk, size - first)))
         report(min(first + chunk, size), size, "proposals of the first group")
     return Pool(torch.cat(found).flatten().float())
 
@@ -144,14 +255,53 @@ def _marks(options: LikelihoodOptions) -> list[int]:
     return sorted({*options.normaliser, *(m - 1 for m in options.proposals if m > 1)})
 
 
-def _fresh_log_sums(prior: LearnedPrior, k: int, context: Tensor, noise: Noise, marks: Sequence[int]) -> dict[int, Tensor]:
-    """log Σ r over the first n of a stream of base samples, in every context: n -> (batch,), in constant memory."""
-    proposal, running, found, done = prior.proposal(k, context), context.new_full((len(context),), -math.inf), {}, 0
+def _drawn(most: int, numbers: int) -> int:
+    """How many things of so many ``numbers`` are drawn at a time: 1 to ``most``, whatever the memory."""
+    return min(max(DRAWN_AT_ONCE // max(numbers, 1), 1), most)
+
+
+class _Streams(Noise):
+    """The streams of some of the repeats of every row: what the others read is drawn too, and dropped.
+
+    Args:
+        whole: the streams of all repeats.
+        part: which of them these are.
+    """
+
+    def __init__(self, whole: Noise, part: range):
+        self.whole, self.part, self.device = whole, part, whole.device
+
+    def normal(self, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:
+        """As all repeats have it."""
+        return self._of(self.whole.normal, lead, batch)
+
+    def uniform(self, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:
+        """As all repeats have it."""
+        return self._of(self.whole.uniform, lead, batch)
+
+    def _of(self, draw: Callable[..., Tensor], lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:
+        rows, repeats = batch[0] // len(self.part), self.whole.repeats
+        drawn = draw(lead, (repeats * rows, *batch[1:])).unflatten(len(lead), (repeats, rows))
+        return drawn.narrow(len(lead), self.part.start, len(self.part)).flatten(len(lead), len(lead) + 1)
+
+
+def _fresh_log_sums(
+    prior: LearnedPrior, k: int, context: Tensor, noise: Noise, marks: Sequence[int], at_once: int, cost: int
+) -> dict[int, Tensor]:
+    """log Σ r over the first n of a stream of base samples, in every context: n -> (batch,), in constant memory.
+
+    ``at_once`` of them are drawn at a time, and ``cost`` is what :func:`_proposal` says of one.
+    """
+    proposals, running, found, done = (
+        _Proposals(prior, k, context, cost),
+        context.new_full((len(context),), -math.inf),
+        {},
+        0,
+    )
     for mark in marks:
         while done < mark:
-            count = min(PROPOSALS_AT_ONCE, mark - done)
-            log_w = scores(prior, k, proposal.draw(noise, (count,)), context)[0]
-            running = torch.logaddexp(running, log_w.logsumexp(0))
+            count = min(at_once, mark - done)
+            running = torch.logaddexp(running, proposals.log_w(noise, count).logsumexp(0))
             done += count
         found[mark] = running
     return found
@@ -183,7 +333,62 @@ def log_likelihoods(
         and ``NAME/log-z/k00/N`` … (mean over posterior samples of log Ẑ_k) and ``NAME/elbo-gain/k00`` … (the like mean of
         log r − log normaliser of SIR with the most proposals: what the group adds to the ELBO).
     """
-    return _Likelihoods(model, priors, pools, x, rows, seed, options).measure()
+    costs = _Costs.of(model, priors, x[:1], options)
+    at_once = _fitting(costs.example, len(x))
+    parts = [
+        _Likelihoods(model, priors, pools, some, rows[first : first + at_once], seed, options, costs).measure()
+        for first, some in zip(range(0, len(x), at_once), x.split(at_once), strict=True)
+    ]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What the work on one example takes, found by trying a few samples of it.
+
+    Attributes:
+        sample: bytes of the largest tensor that a posterior sample makes, or of all its latents together.
+        drawn: of a corrected prior's group, how many proposals are drawn at a time, by name and group.
+        proposals: bytes of the largest tensor that one of those makes.
+        example: bytes of the largest tensor of an example at so many samples and proposals at a time as are drawn, but for
+            those that score proposals.
+    """
+
+    sample: int
+    drawn: Mapping[tuple[str, int], int]
+    proposals: Mapping[tuple[str, int], int]
+    example: int
+
+    @classmethod
+    def of(
+        cls, model: HierarchicalVAE, priors: Mapping[str, LearnedPrior], x: Tensor, options: LikelihoodOptions
+    ) -> "_Costs":
+        """Those of an example x (1, *data shape)."""
+        drawn: dict[tuple[str, int], int] = {}
+        proposals: dict[tuple[str, int], int] = {}
+        latents, noise = 0, 0
+
+        def visit(k: int, context: Tensor, posterior: DiagonalNormal, z: Tensor) -> None:
+            nonlocal latents, noise
+            latents += z.nbytes
+            noise = max(noise, SAMPLES_AT_ONCE * z[0].nbytes)
+            posterior.log_prob(z)
+            for name, prior in priors.items():
+                prior.base(k, context).log_prob(z)
+                if not prior.exact:
+                    scores(prior, k, z, context)
+                if not prior.exact and k > 0:
+                    numbers, proposals[name, k] = _proposal(prior, k, context)
+                    drawn[name, k] = _drawn(PROPOSALS_AT_ONCE, options.resamples * numbers)
+                    noise = max(noise, drawn[name, k] * options.resamples * z[0].nbytes)
+
+        with _Sizes() as sizes:
+            context = posterior_pass(
+                model, x, lambda k: Noise(0, "likelihood-tried", k, device=x.device), visit, repeats=TRIED
+            )
+            model.decode(context).log_prob(x.repeat(TRIED, *[1] * (x.dim() - 1)))
+        sample = -(-max(sizes.largest, latents) // TRIED)
+        return cls(sample, drawn, proposals, max(SAMPLES_AT_ONCE * sample, noise))
 
 
 @dataclass
@@ -197,33 +402,47 @@ class _Likelihoods:
     rows: Sequence[int]
     seed: int
     options: LikelihoodOptions
+    costs: _Costs
 
     def __post_init__(self) -> None:
         self.corrected = [name for name, prior in self.priors.items() if not prior.exact]
         self.shares_context = self.model.groups == 1
+        self.at_once = _fitting(self.costs.sample * len(self.x), SAMPLES_AT_ONCE)
         self.sums: dict[str, _PrefixSums] = {}
         self.drawn = {name: _Resampled(self.options.resamples, len(self.x), self.x.device) for name in self.corrected}
+        above = [size for size in self.options.samples if size > self.options.resamples]
+        # Which part of the work normalises the winners of S samples: it names their draws.
+        self.parts = {size: 1 + i for i, size in enumerate(sorted(above, key=lambda size: (size - 1) // SAMPLES_AT_ONCE))}
+        self.resampled: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in self.corrected}
         self.by_group: dict[str, list[Tensor]] = {}
 
     def measure(self) -> dict[str, Tensor]:
         """All of it."""
         most, found = max(self.options.samples), dict[str, Tensor]()
         for first in range(0, most, SAMPLES_AT_ONCE):
-            self._add(range(first, min(first + SAMPLES_AT_ONCE, most)))
+            drawn = range(first, min(first + SAMPLES_AT_ONCE, most))
+            for start in range(0, len(drawn), self.at_once):
+                self._add(drawn, drawn[start : start + self.at_once])
         for key, sums in self.sums.items():
             found |= {f"{key}/{count}": total - math.log(count) for count, total in sums.found.items()}
-        if not self.shares_context:
-            found |= self._normalised(found)
+        for name in self.corrected:  # the S above T, from their mean weights before they are normalised
+            for size, norms in self.resampled[name].items():
+                for key, norm in norms.items():
+                    total = found[f"{name}/{size}"] + (-norm).logsumexp(0)
+                    found[f"{key}/{size}"] = total - math.log(self.options.resamples)
         for name in self.corrected:  # before it is normalised, a corrected prior's sum is nobody's likelihood
             found = {key: value for key, value in found.items() if key.rpartition("/")[0] != name}
         return found | {key: torch.cat(parts).mean(0) for key, parts in self.by_group.items()}
 
-    def _stream(self, purpose: str, k: int, step: int, repeats: int) -> Noise:
-        return Noise(self.seed, f"likelihood-{purpose}", k, step, self.rows, repeats, self.x.device)
+    def _stream(self, purpose: str, k: int, step: int, repeats: int, part: range) -> Noise:
+        """The streams of ``part`` of the repeats that are drawn at a time."""
+        whole = Noise(self.seed, f"likelihood-{purpose}", k, step, self.rows, repeats, self.x.device)
+        return whole if len(part) == repeats else _Streams(whole, part)
 
-    def _add(self, samples: range) -> None:
-        """Take in the next posterior samples of every example."""
-        count, step, codes = len(samples), samples.start // SAMPLES_AT_ONCE, list[Tensor]()
+    def _add(self, drawn: range, samples: range) -> None:
+        """Take in the next posterior samples of every example, of those that are drawn at a time."""
+        count, step, codes = len(samples), drawn.start // SAMPLES_AT_ONCE, list[Tensor]()
+        part = range(samples.start - drawn.start, samples.stop - drawn.start)
         log_q = self.x.new_zeros(count * len(self.x))
         log_prior = {name: torch.zeros_like(log_q) for name in self.priors}
         found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.corrected}
@@ -238,7 +457,9 @@ class _Likelihoods:
                     found[name].append(scores(prior, k, z, context))
                     log_prior[name] += found[name][-1][1]
 
-        context = posterior_pass(self.model, self.x, lambda k: self._stream("posterior", k, step, count), visit, count)
+        context = posterior_pass(
+            self.model, self.x, lambda k: self._stream("posterior", k, step, len(drawn), part), visit, count
+        )
         log_weight = self.model.decode(context).log_prob(self.x.repeat(count, *[1] * (self.x.dim() - 1))) - log_q
         log_v = {name: (log_weight + value).view(count, -1) for name, value in log_prior.items()}
         for name, value in log_v.items():
@@ -248,44 +469,45 @@ class _Likelihoods:
                 torch.tensor(self.rows)[None] * max(self.options.samples) + torch.tensor(samples)[:, None]
             ).flatten()
             for name in self.corrected:
-                for key, norm in self._log_normalisers(name, codes, positions, step, count, found[name]).items():
+                norms = self._log_normalisers(name, codes, positions, step, len(drawn), part, found[name])
+                for key, norm in norms.items():
                     self._sum(key, log_v[name] - norm, samples)
             return
         latents = [z.view(count, len(self.x), *z.shape[1:]) for z in codes]
         resamples = self.options.resamples
-        if samples.start == 0 and self.corrected:
+        if samples.start < min(resamples, len(drawn)) and self.corrected:
             # The first samples as they are: means over the posterior, and every S up to T without resampling.
-            first = range(min(resamples, count))
-            own, positions = [z[: len(first)].flatten(0, 1) for z in latents], self._positions(0, len(first))
+            first = range(samples.start, min(resamples, samples.stop))
+            own, positions = [z[: len(first)].flatten(0, 1) for z in latents], self._positions(0, first)
             for name in self.corrected:
                 known = [(log_w[: len(positions)], log_r[: len(positions)]) for log_w, log_r in found[name]]
-                for key, norm in self._log_normalisers(name, own, positions, 0, len(first), known).items():
+                together = min(resamples, len(drawn))
+                for key, norm in self._log_normalisers(name, own, positions, 0, together, first, known).items():
                     self._sum(key, log_v[name][: len(first)] - norm, first)
-        marks = {size - samples.start: size for size in self.options.samples if size > resamples}
+        marks = {size - samples.start: size for size in self.parts}
         for name in self.corrected:
-            race = self._stream(f"resample-{name}", 0, step, 1).gumbel((resamples, count), (len(self.x),))
-            self.drawn[name].add(log_v[name] + race, latents, marks)
+            race = self._stream(f"resample-{name}", 0, step, 1, range(1)).gumbel((resamples, len(drawn)), (len(self.x),))
+            keys = log_v[name] + race[:, part.start : part.stop]
+            for size, winners in self.drawn[name].add(keys, latents, marks).items():
+                self.resampled[name][size] = self._normalisers_of(name, self.parts[size], winners)
 
     def _sum(self, key: str, log_values: Tensor, samples: range) -> None:
         self.sums.setdefault(key, _PrefixSums(self.options.samples)).add(log_values, samples)
 
-    def _positions(self, part: int, count: int) -> Tensor:
-        """Which blocks of a pool the samples of one part of the work read, (count x rows,)."""
+    def _positions(self, part: int, repeats: range) -> Tensor:
+        """Which blocks of a pool some of the samples of one part of the work read, (repeats x rows,)."""
         parts = 1 + len(self.options.samples)
         first = (torch.tensor(self.rows)[None] * parts + part) * self.options.resamples
-        return (first + torch.arange(count)[:, None]).flatten()
+        return (first + torch.tensor(repeats)[:, None]).flatten()
 
-    def _normalised(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The likelihoods of the corrected priors for S above T, from their mean weights before they are normalised."""
-        found = {}
-        for name in self.corrected:
-            for part, (size, codes) in enumerate(self.drawn[name].found.items(), 1):
-                resamples = self.options.resamples
-                flat = [z.flatten(0, 1) for z in codes]
-                norms = self._log_normalisers(name, flat, self._positions(part, resamples), part, resamples)
-                for key, norm in norms.items():
-                    found[f"{key}/{size}"] = sums[f"{name}/{size}"] + (-norm).logsumexp(0) - math.log(resamples)
-        return found
+    def _normalisers_of(self, name: str, part: int, winners: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Σ_k of the log normalisers of the T winners among the first S, by key: (T, rows)."""
+        resamples, found = self.options.resamples, list[dict[str, Tensor]]()
+        for first in range(0, resamples, self.at_once):
+            some = range(first, min(first + self.at_once, resamples))
+            flat = [z[some.start : some.stop].flatten(0, 1) for z in winners]
+            found.append(self._log_normalisers(name, flat, self._positions(part, some), part, resamples, some))
+        return {key: torch.cat([norms[key] for norms in found]) for key in found[0]}
 
     def _log_normalisers(
         self,
@@ -293,31 +515,34 @@ class _Likelihoods:
         codes: Sequence[Tensor],
         positions: Tensor,
         step: int,
-        count: int,
+        repeats: int,
+        some: range,
         known: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """Σ_k of the log normalisers of given latents, for each N and each M.
 
         Args:
             name: of the prior.
-            codes: z of every group, (count x rows, *latent), repeat-major.
+            codes: z of every group, (some x rows, *latent), repeat-major.
             positions: of each in the pool.
-            step, count: name the draws.
+            step, repeats: name the draws, which are of so many samples at a time.
+            some: which of them these are.
             known: :func:`scores` of every group's z, of samples as the posterior drew them: their means are taken note of.
 
         Returns:
-            ``NAME/plugin/N`` and ``NAME/sampler/M``, each (count, rows).
+            ``NAME/plugin/N`` and ``NAME/sampler/M``, each (some, rows).
         """
-        prior, marks, norms = self.priors[name], _marks(self.options), dict[str, Tensor]()
+        prior, marks, norms, count = self.priors[name], _marks(self.options), dict[str, Tensor](), len(some)
 
         def choose(k: int, context: Tensor) -> Tensor:
             z = codes[k]
             log_w, log_r = scores(prior, k, z, context) if known is None else known[k]
-            sums = (
-                {mark: self.pools[name].log_sums(mark, positions) for mark in marks}
-                if k == 0
-                else _fresh_log_sums(prior, k, context, self._stream(f"normaliser-{name}", k, step, count), marks)
-            )
+            if k == 0:
+                sums = {mark: self.pools[name].log_sums(mark, positions) for mark in marks}
+            else:
+                noise = self._stream(f"normaliser-{name}", k, step, repeats, some)
+                at_once, cost = self.costs.drawn[name, k], self.costs.proposals[name, k]
+                sums = _fresh_log_sums(prior, k, context, noise, marks, at_once, cost)
             _add_normalisers(name, sums, log_w, self.options, norms)
             if known is not None:
                 for n in self.options.normaliser:
@@ -362,20 +587,25 @@ class _Resampled:
     def __init__(self, count: int, rows: int, device: torch.device):
         self.best = torch.full((count, rows), -math.inf, device=device)
         self.codes: list[Tensor] = []  # of every group, (T, rows, *latent)
-        self.found: dict[int, list[Tensor]] = {}  # S -> codes
 
-    def add(self, keys: Tensor, latents: Sequence[Tensor], marks: Mapping[int, int]) -> None:
+    def add(self, keys: Tensor, latents: Sequence[Tensor], marks: Mapping[int, int]) -> dict[int, list[Tensor]]:
         """Take in the next samples.
 
         Args:
             keys: log weight plus Gumbel noise, (T, samples, rows).
             latents: of every group, (samples, rows, *latent).
-            marks: after how many of these samples to note the winners, and under which S.
+            marks: after how many samples from the first of these on the winners are wanted, and under which S.
+
+        Returns:
+            The winners' latents of every group, (T, rows, *latent), by S, of those S that end in these samples.
         """
-        for prefix, size in marks.items():
-            if 0 < prefix <= keys.shape[1]:
-                self.found[size] = self._winners(keys[:, :prefix], latents)[1]
+        found = {
+            size: self._winners(keys[:, :prefix], latents)[1]
+            for prefix, size in marks.items()
+            if 0 < prefix <= keys.shape[1]
+        }
         self.best, self.codes = self._winners(keys, latents)
+        return found
 
     def _winners(self, keys: Tensor, latents: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         values, winner = keys.max(1)

@@ -10,7 +10,10 @@ from torch import Tensor, distributions
 from models.distributions import Distribution
 from models.protocol import Group
 from priors.protocol import FittedPrior
+from runtime.errors import UserError
 from runtime.randomness import Noise
+
+FACTORS_AT_ONCE = 2**26  # numbers of the components' factors, of as many draws as have one
 
 
 class Mixture(distributions.MixtureSameFamily):
@@ -38,8 +41,14 @@ class Mixture(distributions.MixtureSameFamily):
         edges = self.weights.cumsum(0)[:-1].contiguous()
         chosen = torch.bucketize(noise.uniform(lead, (self.rows,)), edges, right=True)
         standard = noise.normal(lead, (self.rows, self.means.shape[1]))
-        z = self.means[chosen] + (self.scales[chosen] @ standard.unsqueeze(-1)).squeeze(-1)
+        z = self.means[chosen] + self._spread(chosen.flatten(), standard.flatten(0, -2)).view_as(standard)
         return z.unflatten(-1, self.latent)
+
+    def _spread(self, chosen: Tensor, standard: Tensor) -> Tensor:
+        """The factors of the chosen components (n,) times standard numbers (n, d), (n, d)."""
+        at_once = max(1, FACTORS_AT_ONCE // self.scales[0].numel())
+        parts = zip(chosen.split(at_once), standard.split(at_once), strict=True)
+        return torch.cat([(self.scales[some] @ numbers.unsqueeze(-1)).squeeze(-1) for some, numbers in parts])
 
     @property
     def mean(self) -> Tensor:
@@ -58,6 +67,13 @@ class GaussianMixturePrior(FittedPrior):
 
     What a group after the first needs is its aggregate posterior *given the context*; a mixture that ignores the context
     would be worse than the model's own conditional prior.
+
+    A covariance of d latents has its d (d + 1) / 2 numbers from its own component's codes, and of d codes or fewer none has
+    full rank: the likelihood is then without bound, and what is fitted is what the regularisation leaves of it. So fewer
+    than d + 1 codes for each component are refused.
+
+    Raises:
+        UserError: on fewer codes than that.
     """
 
     smooth = False
@@ -81,6 +97,12 @@ class GaussianMixturePrior(FittedPrior):
         super().__init__(options, group)
         self.active = group.k == 0
         size = int(torch.Size(group.latent).numel()) if self.active else 0
+        fewest = options.components * (size + 1)
+        if options.codes < fewest:
+            raise UserError(
+                f"{options.components} full covariances of {size} latents need {fewest} codes and not {options.codes}; "
+                "raise codes or lower components"
+            )
         self.register_buffer("weights", torch.full((options.components,), 1 / options.components))
         self.register_buffer("means", torch.zeros(options.components, size))
         self.register_buffer("scales", torch.eye(size).repeat(options.components, 1, 1))

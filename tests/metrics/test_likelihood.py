@@ -2,14 +2,26 @@
 
 import itertools
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from datasets.registry import spec
+from metrics import likelihood
 from metrics.likelihood import LikelihoodOptions, Pool, contrastive_losses, fill_pool, log_likelihoods
+from models import registry as models
 from models.distributions import DiagonalNormal
+from models.folding import folded
+from models.nvae import NVAE
 from models.protocol import HierarchicalVAE, posterior_pass
+from pipelines.config import validate
+from priors.protocol import GroupPrior, Prior
+from priors.registry import PRIORS
 from runtime.randomness import Noise
 
 NOISE_STD, SLOPE, OFFSET = 0.5, 1.2, 0.3
@@ -262,3 +274,98 @@ def test_examples_keep_their_numbers_in_any_batch():
 def test_counts_are_sets_of_positive_numbers(name, counts):
     with pytest.raises(ValidationError):
         LikelihoodOptions(**{"samples": [1], "normaliser": [1], "proposals": [1], name: counts})
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that any kernel returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and not func.is_view:  # a view of weights is no memory
+                self.largest = max(self.largest, tensor.nbytes)
+        return result
+
+
+FLOW = {"steps": 1, "batch": 2, "flow": {"transforms": 1, "width": 8, "depth": 1}}
+
+
+def on_maps():
+    """A VAE of three groups, on maps of 4x4 and 8x8, and a prior of every kind over it."""
+    torch.manual_seed(0)
+    options = NVAE.Options(groups_per_scale=[1, 2], latent_channels=1, width=16, halvings=0, outer_cells=1, cells=1)
+    vae = NVAE(options, (1, 8, 8)).eval().requires_grad_(False)
+    classifier = {"steps": 1, "batch": 2, "network": {"width": 24, "depth": 1}}
+
+    def prior(method, settings, below=None):
+        made = [PRIORS[method](PRIORS[method].Options(**settings), group) for group in vae.layout()]
+        return Prior(vae, [one.eval().requires_grad_(False) for one in made], below)
+
+    priors = {"normal": prior("normal", {}), "gmm": prior("gmm", {"components": 2}), "flow": prior("flow", FLOW)}
+    return vae, priors | {"ncp-gmm": prior("ncp", classifier, priors["gmm"]), "evalp": prior("evalp", FLOW)}
+
+
+SETTINGS = LikelihoodOptions(samples=[110, 3, 30], normaliser=[20], proposals=[20, 7], resamples=4, pool=4096)
+
+
+def measure_on_maps(vae, priors):
+    x = (torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.3).float()
+    pools = {name: fill_pool(vae, prior, 0, SETTINGS.pool) for name, prior in priors.items() if not prior.exact}
+    return log_likelihoods(vae, priors, pools, x, [5, 0], 0, SETTINGS)
+
+
+@pytest.mark.parametrize("budget", [2**19, 2**21])
+def test_a_memory_budget_bounds_the_largest_tensor_and_leaves_the_numbers(monkeypatch, budget):
+    vae, priors = on_maps()
+    with LargestTensor() as free:
+        whole = measure_on_maps(vae, priors)
+    monkeypatch.setattr(likelihood, "BYTES_AT_ONCE", budget)
+    with LargestTensor() as bounded:
+        parts = measure_on_maps(vae, priors)
+    assert bounded.largest <= budget < free.largest
+    assert whole.keys() == parts.keys()
+    for key, values in whole.items():
+        assert torch.allclose(values, parts[key], rtol=1e-5, atol=1e-4), key
+
+
+def test_even_one_sample_and_one_proposal_at_a_time_leave_the_numbers(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "SETTINGS", SETTINGS.model_copy(update={"pool": 40}))
+    vae, priors = on_maps()
+    priors = {name: priors[name] for name in ("normal", "ncp-gmm")}
+    whole = measure_on_maps(vae, priors)
+    monkeypatch.setattr(likelihood, "BYTES_AT_ONCE", 1)
+    for key, values in measure_on_maps(vae, priors).items():
+        assert torch.allclose(values, whole[key], rtol=1e-5, atol=1e-4), key
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_budget_leaves_the_numbers_of_one_group_and_of_numbers_in_float64(monkeypatch, groups):
+    _, whole = measure(LinearVAE(groups), [3, 150], [20], [20], n=5, resamples=7)
+    monkeypatch.setattr(likelihood, "BYTES_AT_ONCE", 200)
+    _, parts = measure(LinearVAE(groups), [3, 150], [20], [20], n=5, resamples=7)
+    for key, values in whole.items():
+        assert torch.allclose(values, parts[key], atol=1e-9), key
+
+
+PARAMS = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", sorted(PARAMS["experiments"]))
+def test_the_committed_experiments_draw_and_pass_as_many_as_ever(name):
+    """Their sums are then of the same numbers in the same order, and keep their bits."""
+    experiment = validate(PARAMS).experiments[name]
+    vae = models.build(experiment.model.name, experiment.model, spec(experiment.dataset).shape).eval().requires_grad_(False)
+    made: dict[str, Prior] = {}
+    for prior, options in experiment.priors.items():
+        methods = [PRIORS[options.method] if k in (options.groups or [k]) else GroupPrior for k in range(vae.groups)]
+        groups = [method(options, group) for method, group in zip(methods, vae.layout(), strict=True)]
+        made[prior] = Prior(vae, [one.eval().requires_grad_(False) for one in groups], made.get(options.base))
+    x, batch = torch.zeros(1, *spec(experiment.dataset).shape), experiment.evaluate.batch
+    costs = likelihood._Costs.of(folded(vae), made, x, experiment.evaluate.likelihood)
+    assert likelihood._fitting(costs.example, batch) == batch
+    assert likelihood._fitting(costs.sample * batch, likelihood.SAMPLES_AT_ONCE) == likelihood.SAMPLES_AT_ONCE
+    assert set(costs.drawn.values()) <= {likelihood.PROPOSALS_AT_ONCE}

@@ -41,6 +41,39 @@ def test_frechet_distance_agrees_with_a_general_matrix_root():
     assert frechet_distance(Moments.of(a), Moments.of(b)) == pytest.approx(expected, rel=1e-8)
 
 
+def from_rows(rows, d):
+    """Features of falling scale; fewer rows than ``d`` make a singular covariance."""
+    return normal(rows, d, rows) * torch.logspace(0, -2, d, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("rows", "others"), [(90, 120), (90, 20), (20, 90), (20, 25)])
+def test_cholesky_factors_give_the_distance_of_eigenvectors_whichever_covariance_is_singular(monkeypatch, rows, others):
+    a, b = Moments.of(from_rows(rows, 40)), Moments.of(0.2 + from_rows(others, 40))
+    expected = frechet_distance(a, b)
+    roots, root = [], frechet._root
+    monkeypatch.setattr(frechet, "_root", lambda covariance: roots.append(1) or root(covariance))
+    monkeypatch.setattr(frechet, "EIGEN_ROOT", 39)
+    assert frechet_distance(a, b) == pytest.approx(expected, abs=1e-7)
+    assert not roots or max(rows, others) < 40  # no eigenvectors but where both are singular
+
+
+def test_a_fid_by_cholesky_factors_has_the_same_standard_error(monkeypatch):
+    a, b = from_rows(2000, 32), 0.1 + from_rows(2100, 32)
+    value, stderr = frechet.fid(a, b, 0)
+    monkeypatch.setattr(frechet, "EIGEN_ROOT", 1)
+    assert frechet.fid(a, b, 0) == (pytest.approx(value, rel=1e-9), pytest.approx(stderr, rel=1e-6))
+
+
+def test_a_fid_never_holds_all_rows_in_float64(monkeypatch):
+    rows = normal(4000, 16, 0).float()
+    whole, held, of = frechet.fid(rows, rows + 0.1, 0), [], Moments.of
+    monkeypatch.setattr(frechet, "ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(Moments, "of", lambda part: held.append(len(part)) or of(part))
+    assert frechet.fid(rows, rows + 0.1, 0) == pytest.approx(whole, rel=1e-6)
+    assert sum(held) == 8000
+    assert max(held) <= 64
+
+
 def test_moments_of_parts_add_up():
     rows = normal(101, 4, 0)
     whole, parts = Moments.of(rows), Moments.of(rows[:37]) + Moments.of(rows[37:])

@@ -1,5 +1,7 @@
 import copy
 import math
+import threading
+import time
 
 import pytest
 import torch
@@ -262,3 +264,131 @@ def test_training_begun_in_one_precision_is_not_gone_on_with_in_another(tmp_path
     begun.finish()
     train([elsewhere], 20, losses)  # what is finished serves everywhere
     assert elsewhere.finished["precision"] == "fp32"
+
+
+def writing_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("rolling-checkpoints")]
+
+
+def test_every_checkpoint_written_in_the_background_resumes_to_the_same_numbers(tmp_path, monkeypatch):
+    whole = make(tmp_path, "a")
+    train([whole], 30, losses)
+    assert not whole.rolling.exists()
+    kept, save = [], checkpoints.save
+
+    def keeping(path, tensors, identity, **metadata):
+        time.sleep(0.01)  # the weights move on meanwhile
+        save(path, tensors, identity, **metadata)
+        kept.append(path.read_bytes())
+
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "save", keeping)
+    train([make(tmp_path, "a")], 30, losses)
+    monkeypatch.undo()
+    assert kept
+    for content in kept:
+        resumed = make(tmp_path, "a")
+        resumed.rolling.write_bytes(content)
+        train([resumed], 30, losses)
+        for name, tensor in whole.average.state_dict().items():
+            assert torch.equal(tensor, resumed.average.state_dict()[name])
+        assert [row for row in whole.history if row not in resumed.history] == []
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_waits_for_it_at_the_end(tmp_path, monkeypatch):
+    begun, go_on, seen, save = threading.Event(), threading.Event(), [], checkpoints.save
+
+    def slow(path, tensors, identity, **metadata):
+        begun.set()
+        assert go_on.wait(60)
+        seen.append(metadata["step"])
+        save(path, tensors, identity, **metadata)
+
+    def watched(step, active):
+        if step == 1:
+            assert begun.wait(60)
+        if step == 8:  # no second one was begun beside the first
+            assert len(writing_threads()) == 1
+            assert not seen
+            go_on.set()
+        return losses(step, active)
+
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_BYTES_A_SECOND", math.inf)
+    monkeypatch.setattr(checkpoints, "save", slow)
+    one = make(tmp_path, "a")
+    train([one], 9, watched)
+    assert seen[0] == 1
+    assert one.rolling.exists()
+    assert not writing_threads()
+
+
+@pytest.mark.parametrize("error", [NonFiniteLossError("broken"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_no_thread_writes_on_when_training_is_broken_off(tmp_path, monkeypatch, error):
+    save, begun, written = checkpoints.save, threading.Event(), []
+
+    def slow(*arguments, **metadata):
+        begun.set()
+        time.sleep(0.3)
+        save(*arguments, **metadata)
+        written.append(metadata["step"])
+
+    def breaking(step, active):
+        if step == 3:
+            assert begun.wait(60)
+            raise error
+        return losses(step, active)
+
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_BYTES_A_SECOND", math.inf)
+    monkeypatch.setattr(checkpoints, "save", slow)
+    with pytest.raises(type(error)):
+        train([make(tmp_path, "a")], 10, breaking)
+    assert written
+    assert not writing_threads()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_checkpoint_that_cannot_be_written_stops_the_training_with_its_reason(tmp_path, monkeypatch, last):
+    failed = threading.Event()
+
+    def failing(*arguments, **metadata):
+        failed.set()
+        raise UserError("a.partial.safetensors: no space left on the device")
+
+    def watched(step, active):
+        if step == (9 if last else 2):
+            monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+        if step == 5 and not last:
+            assert failed.wait(60)
+        assert step < 100
+        return losses(step, active)
+
+    monkeypatch.setattr(training, "SAVE_BYTES_A_SECOND", math.inf)
+    monkeypatch.setattr(checkpoints, "save", failing)
+    with pytest.raises(UserError, match="no space left on the device"):
+        train([make(tmp_path, "a")], 10 if last else 10_000, watched)
+    assert not writing_threads()
+
+
+@pytest.mark.parametrize(("size", "seconds"), [(1e3, 20), (200e6, 20), (2e9, 200), (6e9, 600)])
+def test_large_states_are_written_more_seldom(tmp_path, monkeypatch, size, seconds):
+    clock, saved = [0.0], []
+
+    class Large(Trainee):
+        def state(self):
+            return {"large": torch.empty(int(size), dtype=torch.uint8, device="meta")}
+
+        def snapshot(self):
+            saved.append(clock[0])
+            return lambda: None
+
+    one = Large("a", torch.nn.Linear(1, 1), None, None, tmp_path / "a.safetensors", Identity("toy", 0, {}))
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    with training._Saver() as saver:
+        for passed in range(1, 3 * seconds + 10):
+            clock[0] = float(passed)
+            if saver._writing is not None:
+                saver._writing.result()
+            saver.save_if_due([one])
+    assert saved == [seconds + 1, 2 * (seconds + 1), 3 * (seconds + 1)]
