@@ -11,7 +11,7 @@ from runtime import progress
 def at(monkeypatch, tmp_path):
     """Report ``done`` of ``total`` at a time given in seconds; returns what the file then says."""
     path, now = tmp_path / "folder" / "task.json", [0.0]
-    monkeypatch.setattr(progress.time, "time", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     report = progress.to_file(path)
 
     def at(seconds, done, total=100, note=""):
