@@ -52,7 +52,7 @@ def main() -> None:
     medians = compare({f"{BATCH} images, {kind}": step_in(kind) for kind in ("fp32", "bf16")}, rounds=7)
     print(", ".join(f"{name.split()[-1]}: {BATCH / seconds:.0f} images/s" for name, seconds in medians.items()))
     stored = Stored(Recipe(read(Path("params.yaml")), EXPERIMENT, 0, Path.cwd()))
-    if stored.recipe.workspace.data(EXPERIMENT).exists():
+    if stored.recipe.workspace.prepared(stored.recipe.experiment.dataset).exists():
         _likelihoods(stored)
 
 
@@ -61,7 +61,7 @@ def _likelihoods(stored: Stored) -> None:
     device, prior = hardware.device(), stored.prior(BASELINE)
     settings = LikelihoodOptions(samples=[SAMPLES], normaliser=[1], proposals=[1])
     found: dict[str, list[torch.Tensor]] = {"fp32": [], "bf16": []}
-    for row, x in enumerate(stored.dataset.examples("test")[:IMAGES, None].to(device)):
+    for row, x in enumerate(stored.dataset.examples("test", slice(IMAGES))[:, None].to(device)):
         for kind, values in found.items():
             with torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16"):
                 measured = log_likelihoods(stored.vae, {BASELINE: prior}, {}, x, [row], 0, settings)

@@ -11,8 +11,8 @@ from timing import processor
 
 from metrics.likelihood import LikelihoodOptions, fill_pool, log_likelihoods, mean_and_error
 from models.folding import folded
+from pipelines.aggregate import spread
 from pipelines.config import read
-from pipelines.evaluation import spread
 from pipelines.recipe import Recipe
 from pipelines.results import BASELINE
 from pipelines.stored import Stored
@@ -32,7 +32,7 @@ def main() -> None:
     pools = {PRIOR: fill_pool(model, priors[PRIOR], 0, 2**16)}
     gains: dict[tuple[int, int], list[torch.Tensor]] = {case: [] for case in CASES}
     seconds = dict.fromkeys(CASES, 0.0)
-    for row, x in enumerate(spread(stored.dataset.examples("test"), IMAGES)[:, None]):
+    for row, x in enumerate(stored.dataset.examples("test", spread(stored.dataset.size("test"), IMAGES))[:, None]):
         for case in CASES:
             size, resamples = case
             options = LikelihoodOptions(

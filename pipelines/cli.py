@@ -1,13 +1,15 @@
 """The ``priorhole`` command. Heavy imports wait inside the commands, so that --help answers at once."""
 
 import os
-import subprocess
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pipelines.surroundings import name_user, refusal, require_folder, usable_streams
+from runtime import interruption
 from runtime.errors import UserError
 
 app = typer.Typer(
@@ -116,6 +118,13 @@ def publish(experiment: Name) -> None:
 
 
 @app.command()
+def verify(experiment: Name) -> None:
+    """Read all that is kept of an experiment and hold it against its digests: data, checkpoints, samples, features."""
+    files, size = _pipeline().verify(experiment)
+    typer.echo(f"{experiment}: {files} files and folders, {size / 1e9:.2f} GB, are as they were written")
+
+
+@app.command()
 def report() -> None:
     """Gather the experiments' tables into reports/, with tables and figures for people."""
     for path in _pipeline().report():
@@ -140,25 +149,30 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this ma
     """Browse the runs in MLflow's UI."""
     from pipelines.tracking import store
 
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "ui",
-        "--workers",
-        "1",
-        "--port",
-        str(port),
-        "--backend-store-uri",
-        store(Path.cwd()),
-    ]
-    raise typer.Exit(subprocess.call(command))
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError(f"port {port} cannot be used ({error.strerror}); choose another one with --port") from error
+    options = ["--workers", "1", "--port", str(port), "--backend-store-uri", store(Path.cwd())]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *options])  # whoever stops this stops the server itself
 
 
 def main() -> None:
-    """Run the command; a UserError becomes one line and exit code 2."""
-    try:
-        app()
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+    """Run the command; a UserError, and what the surroundings refuse, becomes one line and exit code 2.
+
+    A signal becomes one line and 128 + its number (:mod:`runtime.interruption`).
+    """
+    interruption.end_at_signals()
+    with usable_streams():
+        try:
+            require_folder()
+            name_user()
+            app()
+        except UserError as error:
+            message = str(error)
+        except OSError as error:
+            message = refusal(error)
+        typer.echo(f"error: {message}", err=True)
         sys.exit(2)

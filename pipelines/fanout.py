@@ -8,24 +8,31 @@ import json
 import logging
 import multiprocessing
 import os
+import re
+import secrets
 import shutil
+import signal
+import socket
 import sys
+import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime import hardware, progress
+from runtime import hardware, interruption, progress
 from runtime.errors import UserError, first_line
 from runtime.identity import ROOT
 
 POLL_SECONDS = 0.5
 LINE_SECONDS = 15.0
+PATIENCE_SECONDS = 10.0
+UNIX_BYTES = 103  # of a socket's path; Linux allows four more
+SOCKET_BYTES = 70  # of that, /ray/session_2026-11-25_09-41-45_788082_4194304/sockets/plasma_store and a little more
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,9 @@ def _call(task: Task, path: Path, threads: int) -> Any:
 
 def _in_processes(calls: Sequence[tuple[Task, Path, int]], workers: int) -> list[Any]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_die_with_parent, initargs=(os.getpid(),)) as pool:
-        futures: list[Future] = [pool.submit(_call, *call) for call in calls]
+    with ProcessPoolExecutor(workers, context, initializer=_die_with_parent) as pool:
+        with interruption.left_to_this_process():  # workers are started as tasks are submitted
+            futures: list[Future] = [pool.submit(_call, *call) for call in calls]
         wait(futures)
         try:
             return [future.result() for future in futures]
@@ -95,36 +103,48 @@ def _in_processes(calls: Sequence[tuple[Task, Path, int]], workers: int) -> list
             ) from error
 
 
-def _die_with_parent(parent: int) -> None:
+def _die_with_parent() -> None:
     """Do not outlive a driver that was killed: an orphan would go on writing, and hold its locks."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[Any]:
+    address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_task_oom_retries", "3")  # left alone, a shard that is too large is killed and begun for ever
+    if not address:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())  # Ray would write one into the home folder
     import ray
 
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        ray.init(
-            address=address or "local",  # by default Ray would join any cluster that it finds on this machine
-            num_cpus=None if address else machine.workers * machine.threads,
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(machine.threads)}},
-        )
-    except (ConnectionError, ValueError) as error:
-        raise UserError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({first_line(error)}); start one or unset it"
-        ) from error
-    try:
+    with ExitStack() as folder:
+        try:
+            _require_listener(address)
+            ray.init(
+                address=address or "local",  # by default Ray would join any cluster that it finds on this machine
+                num_cpus=None if address else machine.workers * machine.threads,
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=None if address else folder.enter_context(_socket_folder()),
+                runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(machine.threads)}},
+            )
+        except (OSError, ValueError) as error:
+            if not address:
+                raise
+            raise UserError(
+                f"no Ray cluster answers at RAY_ADDRESS={address} ({first_line(error)}); start one or unset it"
+            ) from error
+        except SystemExit:  # Ray's own handler, in place while it starts
+            interruption.end(signal.SIGTERM)
+        folder.callback(ray.shutdown)
+        interruption.end_at_signals()
         present = ray.cluster_resources().get("GPU", 0)
         if machine.gpus > present:  # Ray itself would wait for ever
             raise UserError(
@@ -141,8 +161,28 @@ def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[A
             raise UserError(
                 "a shard was killed repeatedly; run the same command again: it goes on from its checkpoints"
             ) from error
-    finally:
-        ray.shutdown()
+        except ray.exceptions.OutOfMemoryError as error:
+            raise UserError(
+                "there is too little memory for the shards, and Ray killed one repeatedly; run the same command again "
+                "with fewer --workers: it goes on from its checkpoints"
+            ) from error
+
+
+def _require_listener(address: str | None) -> None:
+    """That something listens at ``host:port``, which Ray takes minutes to give up on. Raises OSError at once if not."""
+    if found := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address or ""):
+        socket.create_connection((found[1], int(found[2])), timeout=PATIENCE_SECONDS).close()
+
+
+@contextmanager
+def _socket_folder() -> Iterator[str | None]:
+    """Where Ray is to keep its sockets: its own choice, unless their paths get too long for Unix, as in a job's folder."""
+    chosen = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR", "/tmp")
+    if len(os.fsencode(chosen)) + SOCKET_BYTES <= UNIX_BYTES:
+        yield None
+    else:
+        with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as short:
+            yield short
 
 
 @contextmanager

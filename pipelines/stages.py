@@ -1,11 +1,12 @@
 """The stages of the pipeline: each reads files, writes files, and is the same function for DVC, the CLI and the tests."""
 
 import itertools
+import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,15 @@ from pipelines.config import Config, Experiment, plain, read, validate
 from pipelines.evaluation import evaluation_task, features_task
 from pipelines.fanout import Machine, Task
 from pipelines.recipe import Recipe
+from pipelines.results import AGGREGATE
 from pipelines.stored import Stored
 from pipelines.work import prior_task, sample_task, vae_task
 from pipelines.workspace import Workspace
 from priors.registry import SAMPLERS
 from priors.samplers import ESS_FLOOR
-from runtime import checkpoints
+from runtime import arrays, checkpoints
+from runtime.errors import UserError
+from runtime.files import exclusive, require_writable, write_text
 from runtime.identity import require_own_code
 
 
@@ -65,12 +69,18 @@ class Pipeline:
         """Fetch and prepare the experiment's data set."""
         experiment = self.config.experiment(name)
         blueprint.check(name, experiment)
-        data.fetch(experiment.dataset, self.workspace.data(name), self.workspace.raw)
+        dataset, written = experiment.dataset, self.workspace.data(name)
+        require_writable(written.parent, self.workspace.prepared(dataset), self.workspace.raw)
+        with exclusive(self.workspace.locks, f"data/{dataset}", wait=True):
+            data.fetch(dataset, self.workspace.prepared(dataset), self.workspace.raw)
+        digest = data.load(dataset, self.workspace.prepared(dataset)).digest
+        write_text(written, json.dumps({"dataset": dataset, "digest": digest}) + "\n")
 
     def train_vae(self, name: str) -> None:
         """Stage 1: train the VAE of every seed."""
         experiment, seeds = self._seeds(name)
         seeds = list({recipe.vae_seed: recipe for recipe in seeds}.values())
+        require_writable(self.workspace.artifacts(name) / "vae")
         _prune(self.workspace, self.workspace.artifacts(name) / "vae", [{f"seed-{recipe.vae_seed}" for recipe in seeds}])
         blueprint.check_batches(name, experiment, Stored(seeds[0]).dataset)
         documents = self._run(
@@ -87,6 +97,9 @@ class Pipeline:
     def train_prior(self, name: str) -> None:
         """Stage 2: learn every prior of every seed, its groups dealt over the shards; a base before what is put on it."""
         experiment, seeds = self._seeds(name)
+        require_writable(
+            *(self.workspace.prior(name, prior, recipe.seed, 0).parent for prior in experiment.priors for recipe in seeds)
+        )
         own = {f"seed-{seed}" for seed in experiment.seeds}
         _prune(self.workspace, self.workspace.artifacts(name) / "priors", [experiment.priors.keys(), own])
         stored = Stored(seeds[0])
@@ -118,6 +131,7 @@ class Pipeline:
         """Draw samples of every prior by each of its samplers, for every seed."""
         experiment, seeds = self._seeds(name)
         chosen = seeds[0].draws()
+        require_writable(*(self.workspace.samples(name, *key, recipe.seed) for key in chosen for recipe in seeds))
         drawn, own = {f"{prior}+{sampler}" for prior, sampler in chosen}, {f"seed-{seed}" for seed in experiment.seeds}
         _prune(self.workspace, self.workspace.artifacts(name) / "samples", [drawn, own])
         keys = [(recipe, prior, sampler) for prior, sampler in chosen for recipe in seeds]
@@ -143,6 +157,7 @@ class Pipeline:
     def publish(self, name: str) -> list[Path]:
         """Write small copies of an experiment's trained files, to be kept under version control. Returns their paths."""
         experiment, seeds = self._seeds(name)
+        require_writable(self.workspace.published(self.workspace.artifacts(name)))
         groups = Stored(seeds[0]).vae.groups
         files = {self.workspace.vae(name, recipe.vae_seed) for recipe in seeds} | {
             self.workspace.prior(name, prior, recipe.seed, k)
@@ -165,8 +180,14 @@ class Pipeline:
             The table's path.
         """
         experiment, seeds = self._seeds(name)
-        if not self.workspace.data(name).exists():
+        require_writable(
+            self.workspace.evaluation(name), self.workspace.measured(name), self.workspace.features(experiment.dataset)
+        )
+        if not self.workspace.prepared(experiment.dataset).exists():
             self.fetch(name)  # published files can be measured right after a clone
+        kept = {AGGREGATE, *(f"{prior}+{sampler}" for prior, sampler in seeds[0].draws())}
+        for path in _unnamed(self.workspace.measured(name), [kept, {f"seed-{seed}" for seed in experiment.seeds}]):
+            shutil.rmtree(path)  # features of what is gone, to be had again
         if experiment.evaluate.features is not None:
             self._run("features", name, [Task("feature network", features_task, {"recipe": seeds[0]})])
         tasks = [
@@ -183,14 +204,51 @@ class Pipeline:
         tracking.record(self.root, "evaluate", name, runs, {"evaluate": plain(experiment.evaluate), "examples": examples})
         return path
 
+    def verify(self, name: str) -> tuple[int, int]:
+        """Read everything that is kept of an experiment, and hold it against the digests of when it was written.
+
+        Stages verify what they read; samples and data sets, which can be large, as far as they read them.
+
+        Returns:
+            How many files and folders are as they were written, and their bytes.
+
+        Raises:
+            UserError: some are not, each named in the message, or none is there.
+        """
+        dataset = self.config.experiment(name).dataset
+        folders = [self.workspace.prepared(dataset), *sorted(self.workspace.features(dataset).glob("*/"))]
+        files = itertools.chain(
+            self.workspace.features(dataset).glob("*.safetensors"), self.workspace.artifacts(name).rglob("*.safetensors")
+        )
+        known = {"vae": "train-vae", "priors": "train-prior", "samples": "sample"}
+        checks: list[tuple[Path, Callable[..., int], str]] = [
+            (path, arrays.verify, f"priorhole fetch {name}") for path in folders if path.exists()
+        ]
+        for path in sorted(path for path in files if not path.name.startswith(".")):
+            inside = path.relative_to(self.root).parts
+            stage = known.get(inside[2], "evaluate") if inside[0] == "artifacts" else "evaluate"
+            checks.append((path, checkpoints.verify, f"priorhole {stage} {name}"))
+        if not checks:
+            raise UserError(f"nothing is kept of {name}; begin with: priorhole fetch {name}")
+        total, broken = 0, []
+        for path, check, made_by in checks:
+            try:
+                total += check(path, made_by)
+            except UserError as error:
+                broken.append(str(error))
+        if broken:
+            raise UserError("; ".join(broken))
+        return len(checks), total
+
     def report(self) -> list[Path]:
         """Gather the results, judge the claims, draw the figures. Returns the files written."""
         from pipelines import figures
 
         config, raw, judged = self.config, read(self.workspace.params), claims.load(self.workspace.targets)
+        folder = self.workspace.reports / "figures"
+        require_writable(self.workspace.reports, folder)
         table = report.gather(self.workspace, config, judged)
         written = report.write(self.workspace, table, self._judge(config, judged, table))
-        folder = self.workspace.reports / "figures"
         bases = [name for name, experiment in config.experiments.items() if experiment.trained_in is None]
         written += figures.of_results(results.over_seeds(table), folder, bases)
         for name, experiment in config.experiments.items():

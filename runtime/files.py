@@ -3,19 +3,19 @@
 import errno
 import os
 import re
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from runtime.errors import UserError
+from runtime.errors import UserError, first_line
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MASK = os.umask(0)
 os.umask(_MASK)
 _MODE = 0o666 & ~_MASK
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextmanager
@@ -23,24 +23,50 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is fsynced and renamed over ``path``.
 
     Raises:
-        UserError: the disk is full or not writable. ``path`` keeps what it held before.
+        UserError: as :func:`explained` does. ``path`` keeps what it held before.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as handle:
-            os.fchmod(handle.fileno(), _MODE)  # safetensors makes its files private, which a shared folder is not
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb+") as handle:
+                os.fchmod(handle.fileno(), _MODE)  # safetensors makes its files private, which a shared folder is not
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):  # a read-only file system refuses even to remove what is not there
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Around what writes, moves or removes ``path``.
+
+    Raises:
+        UserError: instead of an OSError of the block: the disk is full, or ``path`` cannot be written. It names the path.
+    """
+    try:
+        yield
     except OSError as error:
         if _number(error) in _FULL:
             raise UserError(f"{path}: no space left on the device; free some and run the same command again") from error
-        if _number(error) in _REFUSED:
-            raise UserError(f"{path}: cannot be written; check its permissions, then run the same command again") from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or first_line(error)}); "
+            f"check the permissions there, then run the same command again"
+        ) from error
+
+
+def require_writable(*folders: Path) -> None:
+    """Before long work: files can be made in ``folders``, or in what there is of the paths to them. Leaves nothing there.
+
+    Raises:
+        UserError: as :func:`explained` does.
+    """
+    for folder in dict.fromkeys(folders):
+        present = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        with explained(folder), tempfile.TemporaryFile(dir=present):
+            pass
 
 
 def _number(error: OSError) -> int | None:
@@ -56,16 +82,26 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def exclusive(folder: Path, name: str) -> Iterator[None]:
+def exclusive(folder: Path, name: str, wait: float | bool = False) -> Iterator[None]:
     """Hold the lock ``name`` in ``folder``, so that no two processes write the same output.
 
+    Args:
+        folder, name: of the lock.
+        wait: for who holds it, as is right where what it makes is shared; a number is how many seconds at most.
+
     Raises:
-        UserError: another process holds it (a run that is still going, perhaps one whose parent was killed).
+        UserError: another process holds it (a run that is still going, perhaps one whose parent was killed), or the lock
+            cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{name.replace('/', '+')}.lock", timeout=0)
+    path = folder / f"{name.replace('/', '+')}.lock"
+    lock = FileLock(path, timeout=-1 if wait is True else float(wait))
+    with explained(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"{name} is being written by another process; wait for it or stop it") from error
     try:
-        with lock:
-            yield
-    except Timeout as error:
-        raise UserError(f"{name} is being written by another process; wait for it or stop it") from error
+        yield
+    finally:
+        lock.release()

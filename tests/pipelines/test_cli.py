@@ -1,5 +1,6 @@
 """Bad input gets one line, exit code 2 and no traceback; good input gets its answer."""
 
+import re
 import subprocess
 import sys
 
@@ -127,8 +128,8 @@ def test_each_stage_names_the_one_that_has_to_come_before(checkout, monkeypatch,
     write_params(checkout, changed("experiments.flat.model.width", 24))
     assert "model.width is 16 there and 24 here" in refused(monkeypatch, capsys, "train-prior", "flat")
     assert path.read_bytes() == content
-    (checkout / "data" / "flat.safetensors").write_bytes(b"partial")
-    assert "flat.safetensors is corrupt" in refused(monkeypatch, capsys, "train-vae", "flat")
+    (checkout / "data" / "prepared" / "gaussians25" / "train.npy").write_bytes(b"partial")
+    assert "gaussians25 is corrupt" in refused(monkeypatch, capsys, "train-vae", "flat")
     assert "results.csv is missing; make it with: priorhole report" in refused(monkeypatch, capsys, "compare")
 
 
@@ -147,7 +148,30 @@ def test_a_full_disk_stops_a_stage_with_one_line_and_keeps_what_was_written(chec
         .splitlines()[-1]
         .endswith("no space left on the device; free some and run the same command again")
     )
-    assert (checkout / "data" / "flat.safetensors").exists()
+    assert (checkout / "data" / "prepared" / "gaussians25" / "document.json").exists()
+
+
+def test_verify_reads_everything_and_names_what_is_not_as_it_was_written(checkout, monkeypatch, capsys):
+    assert "nothing is kept of flat; begin with: priorhole fetch flat" in refused(monkeypatch, capsys, "verify", "flat")
+    for stage in ("fetch", "train-vae", "train-prior", "sample", "evaluate"):
+        assert call(monkeypatch, capsys, stage, "flat")[0] == 0
+    code, out, _ = call(monkeypatch, capsys, "verify", "flat")
+    assert code == 0
+    assert re.fullmatch(r"flat: \d+ files and folders, 0\.\d\d GB, are as they were written\n", out)
+    kept = [
+        *(checkout / "artifacts" / "flat").rglob("*.safetensors"),
+        checkout / "data" / "prepared" / "gaussians25" / "test.npy",
+    ]
+    stages = set()
+    for path in kept:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        said = refused(monkeypatch, capsys, "verify", "flat")
+        assert str(path if path.suffix == ".safetensors" else path.parent) in said
+        stages.add(re.search(r"run: priorhole ([a-z-]+) flat", said)[1])
+        path.write_bytes(content)
+    assert stages == {"fetch", "train-vae", "train-prior", "sample", "evaluate"}
+    assert call(monkeypatch, capsys, "verify", "flat")[0] == 0
 
 
 def test_a_dry_run_prints_the_resolved_configuration_and_writes_nothing(checkout, monkeypatch, capsys):

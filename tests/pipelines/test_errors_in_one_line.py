@@ -94,12 +94,12 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(kind, monkeypatch):
 def test_a_cluster_that_does_not_answer_is_one_line(kind, base, monkeypatch):
     import ray
 
-    monkeypatch.setenv("RAY_ADDRESS", "nowhere:1")
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
     monkeypatch.setattr(ray, "init", raising(odd(kind, base)))
     with pytest.raises(UserError) as error:
         fanout._on_ray([], Machine(shards=2))
     assert str(error.value) == (
-        f"no Ray cluster answers at RAY_ADDRESS=nowhere:1 ({MESSAGES[kind][1]}); start one or unset it"
+        f"no Ray cluster answers at RAY_ADDRESS=nowhere ({MESSAGES[kind][1]}); start one or unset it"
     )
 
 
