@@ -19,6 +19,7 @@ from models.distributions import DiagonalNormal
 from models.protocol import posterior_pass
 from pipelines import results
 from pipelines.config import Config, Experiment, plain
+from pipelines.fingerprints import drawing
 from pipelines.results import BASELINE
 from pipelines.stored import Stored
 from runtime import hardware
@@ -97,7 +98,7 @@ def of_artifacts(stored: Stored, folder: Path) -> Iterator[Path]:
 
 def picture_digest(experiment: Experiment) -> str:
     """Of all that the pictures of an experiment's artifacts depend on."""
-    settings = json.dumps(plain(experiment, "evaluate"), sort_keys=True)
+    settings = json.dumps(plain(experiment, "evaluate") | {"sample": drawing(experiment)}, sort_keys=True)
     return hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
 
 

@@ -57,9 +57,7 @@ def fingerprint(
         config["sampler"] = plain(experiment.samplers[sampler])
         sources["samples"] = samples_source(experiment, prior, sampler)
     if sampler or prior == AGGREGATE:
-        # Floats are the numbers of the draw themselves: that they are kept says nothing, and the files' size neither.
-        floats = spec(experiment.dataset).kind == "points" or experiment.sample.pixels == "float32"
-        config["sample"] = plain(experiment.sample, "rows_per_file", *(("pixels",) if floats else ()))
+        config["sample"] = drawing(experiment)
     measuring = next((found for names, found in MEASURED_BY.items() if re.match(names, metric)), ())
     if "metrics.likelihood" in measuring:
         config |= {"likelihood": plain(experiment.evaluate.likelihood), "examples": experiment.evaluate.examples}
@@ -70,6 +68,15 @@ def fingerprint(
         sources["metric"] = source_digest(*measuring, *modules)
     sources |= {key: digest for key, digest in (stored or {}).items() if key in sources}
     return f"{_short(config)}+{_short(sources)}"
+
+
+def drawing(experiment: Experiment) -> dict[str, Any]:
+    """The settings of ``sample`` that a number or a picture can depend on.
+
+    Floats are the numbers of the draw themselves: that they are kept says nothing, and the files' size neither.
+    """
+    floats = spec(experiment.dataset).kind == "points" or experiment.sample.pixels == "float32"
+    return plain(experiment.sample, "rows_per_file", *(("pixels",) if floats else ()))
 
 
 def expected(config: Config) -> Callable[[str, str, str, str], str | None]:

@@ -7,8 +7,11 @@ from tiny import ALL_ROWS, tiny, write_params
 from metrics.features import BATCH, OwnClassifier
 from models.protocol import Group
 from pipelines import features, results
+from pipelines.config import validate
 from pipelines.fanout import Machine
 from pipelines.features import Features
+from pipelines.figures import picture_digest
+from pipelines.fingerprints import fingerprint
 from pipelines.recipe import Recipe
 from pipelines.samples import LATENT_BYTES, LATENT_ROWS, Samples, latent_rows, rows_per_file, to_store
 from pipelines.stages import Pipeline
@@ -179,6 +182,19 @@ def test_quantised_samples_say_so_in_their_rows(checkout):
         assert said.str.endswith("; 8-bit pixels").all() == (pixels == "uint8")
         path = pipeline.workspace.samples("deep", "ncp", "sir-20", 0) / ALL_ROWS
         assert checkpoints.load_tensor(path, "x", "").dtype == getattr(torch, pixels)
+
+
+def test_how_rows_are_kept_is_part_of_a_result_only_where_it_changes_a_number():
+    def digests(name, **settings):
+        params = tiny()
+        params["experiments"][name]["sample"] |= settings
+        experiment = validate(params).experiments[name]
+        return fingerprint(experiment, "ncp", "sir-20", "fid-digits-30"), picture_digest(experiment)
+
+    assert digests("deep", rows_per_file=100) == digests("deep", rows_per_file=5000)
+    assert digests("flat", pixels="uint8") == digests("flat", pixels="float32")  # points are no images
+    assert not set(digests("deep", pixels="uint8")) & set(digests("deep", pixels="float32"))
+    assert not set(digests("deep", images=30)) & set(digests("deep", images=40))
 
 
 def test_opening_a_data_set_reads_none_of_it(checkout, monkeypatch):
