@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from started import living, marked, survivors, wait_until
+from started import PROGRESS, living, marked, survivors, wait_until
 from tiny import tiny, write_params
 
 from pipelines.stages import Pipeline
@@ -77,7 +77,9 @@ def ends(process, mark, number):
     output, errors = process.communicate(timeout=60)
     name = signal.Signals(number).name
     assert process.returncode == 128 + number, errors
-    assert errors == f"stopped by {name}; the same command goes on from what was finished or saved\n"
+    *before, last = errors.splitlines()
+    assert last == f"stopped by {name}; the same command goes on from what was finished or saved"
+    assert [line for line in before if not PROGRESS.match(line)] == []
     assert survivors(mark) == []
     return output
 

@@ -1,7 +1,6 @@
 """Disks, users, streams, terminals and clusters as they are found: one line and exit code 2, or work that goes on."""
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from started import PROGRESS
 from tiny import tiny, write_params
 
 from pipelines import fanout, stages
@@ -33,7 +33,6 @@ WRITING = {
     "report": "reports/figures",
 }
 """Commands that write, and a folder that each writes to."""
-PROGRESS = re.compile(r"[\w -]+, seed \d+.*: \d+/\d+ ")
 READING = ["compare", "list", "--help", "train-vae flat --dry-run"]
 
 

@@ -1,6 +1,7 @@
 """Processes that a test starts, and all that those start: marked in their environment, and found by it."""
 
 import os
+import re
 import time
 import uuid
 from contextlib import suppress
@@ -8,6 +9,9 @@ from contextlib import suppress
 import psutil
 
 MARK = "PRIORHOLE_STARTED_BY"
+
+PROGRESS = re.compile(r"[\w +-]+, seed \d+.*: \d+/\d+ |feature network: ")
+"""A line that says how far a stage is, which a slow machine prints and a quick one does not."""
 
 
 def marked():
