@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+from started import PROGRESS
 from tiny import tiny, tiny_beyond, write_params
 
 from pipelines import cli
@@ -25,7 +26,7 @@ def refused(monkeypatch, capsys, *arguments):
     code, _, err = call(monkeypatch, capsys, *arguments)
     assert code == 2
     assert "Traceback" not in err
-    (line,) = err.strip().splitlines()
+    (line,) = (line for line in err.strip().splitlines() if not PROGRESS.match(line))
     return line
 
 
