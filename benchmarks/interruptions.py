@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from started import marked, survivors
+from started import as_in_a_terminal, marked, survivors
 from timing import processor
 from tiny import tiny, write_params
 
@@ -48,7 +48,9 @@ def run(folder: Path, stage: str, workers: int, kill: tuple[signal.Signals, floa
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PRIORHOLE_WORKERS": str(workers)}
     command = [sys.executable, "-c", "from pipelines.cli import main; main()", *stage.split()]
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=said, stderr=said, preexec_fn=as_in_a_terminal
+        )
         try:
             code = process.wait(None if kill is None else kill[1])
         except subprocess.TimeoutExpired:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from started import PROGRESS, living, marked, survivors, wait_until
+from started import PROGRESS, as_in_a_terminal, living, marked, survivors, wait_until
 from tiny import tiny, write_params
 
 from pipelines.stages import Pipeline
@@ -50,8 +50,14 @@ setattr(Pipeline, {method!r}, property(hang) if {method!r} == "config" else hang
 
 
 @contextmanager
-def started(folder, command, script=RUN, preexec=None):
-    """A command in a process group of its own: (process, mark)."""
+def started(folder, command, script=RUN, ignored=()):
+    """A command in a process group of its own: (process, mark). Signals are as in a terminal, but for those ignored."""
+
+    def start():
+        as_in_a_terminal()
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
     environment, mark = marked()
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("RAY_ADDRESS", None)
@@ -62,8 +68,8 @@ def started(folder, command, script=RUN, preexec=None):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=preexec is None,
-        preexec_fn=preexec,
+        start_new_session=True,
+        preexec_fn=start,
     )
     try:
         yield process, mark
@@ -154,12 +160,8 @@ def test_a_killed_driver_leaves_no_worker(workers, checkout):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_what_was_ignored_at_the_start_stays_ignored(number, checkout):
-    def ignore():
-        os.setsid()
-        signal.signal(number, signal.SIG_IGN)
-
     script = HANGING.format(method="report") + RUN
-    with started(checkout, "report", script, ignore) as (process, mark):
+    with started(checkout, "report", script, [number]) as (process, mark):
         wait_until(lambda: (checkout / "begun").exists() or process.poll() is not None)
         process.send_signal(number)
         with pytest.raises(subprocess.TimeoutExpired):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import time
 import uuid
 from contextlib import suppress
@@ -18,6 +19,12 @@ def marked():
     """An environment whose mark every process inherits that is started in it, and the mark."""
     mark = uuid.uuid4().hex
     return os.environ | {MARK: mark, "PYTHONUNBUFFERED": "1"}, mark
+
+
+def as_in_a_terminal():
+    """Act on signals: under nohup, or as a background job, whoever starts a process may have them ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def living(mark):
