@@ -22,7 +22,7 @@ def shrink(experiment: dict) -> None:
     experiment["seeds"] = experiment["seeds"][:2]
     experiment["train"] = experiment["train"] | {"steps": 20}
     experiment["priors"] = {
-        name: prior | ({"steps": 20} if "steps" in prior else {"codes": 200} if prior["method"] == "gmm" else {})
+        name: prior | ({"steps": 20} if "steps" in prior else {"codes": 400} if prior["method"] == "gmm" else {})
         for name, prior in experiment["priors"].items()
     }
     experiment["sample"] = experiment["sample"] | {"images": 100, "batch": 50}
