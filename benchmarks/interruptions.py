@@ -46,7 +46,7 @@ def run(folder: Path, stage: str, workers: int, kill: tuple[signal.Signals, floa
     """Run a stage; its exit code, or None where it had ended before the kill, which is (signal, seconds after its start)."""
     environment, mark = marked()
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PRIORHOLE_WORKERS": str(workers)}
-    command = [sys.executable, "-c", "from pipelines.cli import main; main()", *stage.split()]
+    command = [sys.executable, "-m", "pipelines", *stage.split()]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=said, stderr=said, preexec_fn=as_in_a_terminal

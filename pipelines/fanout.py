@@ -31,6 +31,7 @@ from runtime.identity import ROOT
 POLL_SECONDS = 0.5
 LINE_SECONDS = 15.0
 PATIENCE_SECONDS = 10.0
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # with no settings (RFC 9113, 3.4)
 UNIX_BYTES = 103  # of a socket's path; Linux allows four more
 SOCKET_BYTES = 70  # of that, /ray/session_2026-11-25_09-41-45_788082_4194304/sockets/plasma_store and a little more
 
@@ -135,12 +136,12 @@ def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[A
                 _temp_dir=None if address else folder.enter_context(_socket_folder()),
                 runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(machine.threads)}},
             )
-        except (OSError, ValueError) as error:
-            if not address:
-                raise
-            raise UserError(
-                f"no Ray cluster answers at RAY_ADDRESS={address} ({first_line(error)}); start one or unset it"
-            ) from error
+        except Exception as error:  # of many kinds, Ray's own among them
+            if address:
+                refused = f"no Ray cluster answers at RAY_ADDRESS={address} ({first_line(error)}); start one or unset it"
+            else:
+                refused = f"Ray does not start on this machine ({first_line(error)}); mend that, or do without --shards"
+            raise UserError(refused) from error
         except SystemExit:  # Ray's own handler, in place while it starts
             interruption.end(signal.SIGTERM)
         folder.callback(ray.shutdown)
@@ -169,9 +170,14 @@ def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[A
 
 
 def _require_listener(address: str | None) -> None:
-    """That something listens at ``host:port``, which Ray takes minutes to give up on. Raises OSError at once if not."""
+    """That a server answers at ``host:port``, which Ray takes minutes to give up on. Raises OSError in seconds if not.
+
+    Ray's speak gRPC, so they answer a greeting of HTTP/2; one that wants TLS hangs up on it, which is an answer too.
+    """
     if found := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address or ""):
-        socket.create_connection((found[1], int(found[2])), timeout=PATIENCE_SECONDS).close()
+        with socket.create_connection((found[1], int(found[2])), timeout=PATIENCE_SECONDS) as connection:
+            connection.sendall(GREETING)
+            connection.recv(1)
 
 
 @contextmanager

@@ -89,18 +89,23 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(kind, monkeypatch):
     assert str(error.value) == f"vae.safetensors does not fit the model: {MESSAGES[kind][2]}"
 
 
-@pytest.mark.parametrize("base", [ConnectionError, ValueError])
+REFUSALS = {
+    "nowhere": "no Ray cluster answers at RAY_ADDRESS=nowhere ({}); start one or unset it",
+    "": "Ray does not start on this machine ({}); mend that, or do without --shards",
+}
+
+
+@pytest.mark.parametrize("address", REFUSALS)
+@pytest.mark.parametrize("base", [ConnectionError, ValueError, RuntimeError, Exception])
 @pytest.mark.parametrize("kind", MESSAGES)
-def test_a_cluster_that_does_not_answer_is_one_line(kind, base, monkeypatch):
+def test_a_cluster_that_does_not_answer_or_start_is_one_line(kind, base, address, monkeypatch):
     import ray
 
-    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(ray, "init", raising(odd(kind, base)))
     with pytest.raises(UserError) as error:
         fanout._on_ray([], Machine(shards=2))
-    assert str(error.value) == (
-        f"no Ray cluster answers at RAY_ADDRESS=nowhere ({MESSAGES[kind][1]}); start one or unset it"
-    )
+    assert str(error.value) == REFUSALS[address].format(MESSAGES[kind][1])
 
 
 def test_nothing_else_takes_a_line_that_a_message_may_not_have():

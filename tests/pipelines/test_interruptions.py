@@ -170,6 +170,16 @@ def test_what_was_ignored_at_the_start_stays_ignored(number, checkout):
         ends(process, mark, signal.SIGTERM)
 
 
+def test_a_signal_while_the_command_is_imported_has_no_traceback(tmp_path):
+    (tmp_path / "typer.py").write_text("import pathlib, time; pathlib.Path('begun').touch(); time.sleep(120)")
+    script = "import runpy; runpy.run_module('pipelines', run_name='__main__')"  # this folder's typer comes first
+    with started(tmp_path, "list", script) as (process, _):
+        wait_until(lambda: (tmp_path / "begun").exists() or process.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "")
+        assert process.returncode == -signal.SIGINT
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

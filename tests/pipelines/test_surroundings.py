@@ -20,7 +20,7 @@ from runtime import progress
 from runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-PRIORHOLE = shlex.join([sys.executable, "-c", "from pipelines.cli import main; main()"])
+PRIORHOLE = shlex.join([sys.executable, "-m", "pipelines"])
 STRANGER = (  # who may read everything, the interpreter in someone's home among it, and write nothing
     "setpriv --reuid 54321 --regid 54321 --clear-groups --inh-caps=+dac_read_search --ambient-caps=+dac_read_search "
 )
@@ -241,6 +241,21 @@ def test_an_address_where_nothing_listens_is_found_before_ray_looks(address, tmp
     with pytest.raises(UserError) as error:
         fanout.run(TASKS, Machine(shards=2), tmp_path / "progress")
     assert str(error.value).startswith(f"no Ray cluster answers at RAY_ADDRESS={named} (")
+
+
+def test_an_address_where_nobody_answers_is_found_before_ray_waits(tmp_path, monkeypatch):
+    import socket
+
+    import ray
+
+    monkeypatch.setattr(fanout, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray waits for minutes"))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        named = f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", named)
+        with pytest.raises(UserError) as error:
+            fanout.run(TASKS, Machine(shards=2), tmp_path / "progress")
+    assert str(error.value) == f"no Ray cluster answers at RAY_ADDRESS={named} (timed out); start one or unset it"
 
 
 def test_ray_killing_for_memory_ends(copy):
