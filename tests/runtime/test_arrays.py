@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -45,6 +46,17 @@ def test_what_is_mapped_cannot_change_the_file(tmp_path):
     arrays.save(tmp_path, ARRAYS, IDENTITY)
     arrays.load(tmp_path, "")[0]["labels"][0] = 7
     assert arrays.load(tmp_path, "")[0]["labels"][0] == 0
+
+
+def test_memory_of_what_was_read_is_given_back_and_read_again(tmp_path):
+    numbers = torch.arange(2**23)  # 64 MiB
+    arrays.save(tmp_path, {"numbers": numbers}, IDENTITY)
+    found = arrays.load(tmp_path, "")[0]
+    assert found["numbers"].sum() == numbers.sum()
+    resident = psutil.Process().memory_info().rss
+    found.release()
+    assert psutil.Process().memory_info().rss < resident - 2**25
+    assert torch.equal(found["numbers"], numbers)
 
 
 class Killed(BaseException):
