@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from torch.overrides import TorchFunctionMode
 
-from models.distributions import DiagonalNormal, kl_divergence
+from models.distributions import Distribution
 from models.protocol import HierarchicalVAE, LearnedPrior, descend, posterior_pass
 from runtime.options import Options
 from runtime.progress import Report, silent
@@ -368,7 +368,7 @@ class _Costs:
         proposals: dict[tuple[str, int], int] = {}
         latents, noise = 0, 0
 
-        def visit(k: int, context: Tensor, posterior: DiagonalNormal, z: Tensor) -> None:
+        def visit(k: int, context: Tensor, posterior: Distribution, z: Tensor) -> None:
             nonlocal latents, noise
             latents += z.nbytes
             noise = max(noise, SAMPLES_AT_ONCE * z[0].nbytes)
@@ -447,7 +447,7 @@ class _Likelihoods:
         log_prior = {name: torch.zeros_like(log_q) for name in self.priors}
         found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.corrected}
 
-        def visit(k: int, context: Tensor, posterior: DiagonalNormal, z: Tensor) -> None:
+        def visit(k: int, context: Tensor, posterior: Distribution, z: Tensor) -> None:
             nonlocal log_q
             codes.append(z)
             log_q = log_q + posterior.log_prob(z)
@@ -642,7 +642,7 @@ def contrastive_losses(
     """
     found: list[Tensor] = []
 
-    def visit(k: int, context: Tensor, posterior: DiagonalNormal, z: Tensor) -> None:  # noqa: ARG001
+    def visit(k: int, context: Tensor, posterior: Distribution, z: Tensor) -> None:  # noqa: ARG001
         base = prior.base(k, context).draw(Noise(seed, "nce-base", k, rows=rows, device=x.device))
         found.append(softplus(-prior.log_ratio(k, z, context)) + softplus(prior.log_ratio(k, base, context)))
 
@@ -655,8 +655,8 @@ def divergences(model: HierarchicalVAE, x: Tensor, rows: Sequence[int], seed: in
     """KL(q(z_k | z_<k, x) || p(z_k | z_<k)) under the model's own prior, z_<k ~ q: K tensors (rows,), nats."""
     found: list[Tensor] = []
 
-    def visit(k: int, context: Tensor, posterior: DiagonalNormal, z: Tensor) -> None:  # noqa: ARG001
-        found.append(kl_divergence(posterior, model.prior(k, context)))
+    def visit(k: int, context: Tensor, posterior: Distribution, z: Tensor) -> None:  # noqa: ARG001
+        found.append(model.divergence(k, context, posterior))
 
     posterior_pass(model, x, _streams(seed, "kl", rows, x.device), visit)
     return found

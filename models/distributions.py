@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributions
 from torch.nn import functional
 
+from runtime.errors import UserError
 from runtime.randomness import Noise
 
 
@@ -48,6 +49,26 @@ class DiagonalNormal(distributions.Independent):
     def tempered(self, temperature: float) -> "DiagonalNormal":
         """The same with every standard deviation multiplied by ``temperature``."""
         return DiagonalNormal(self.base_dist.loc, temperature * self.base_dist.scale)
+
+
+class Point:
+    """All probability on one value, (batch, *event): a deterministic encoder's posterior. It has no density."""
+
+    def __init__(self, value: Tensor):
+        self.mean = value
+
+    @property
+    def variance(self) -> Tensor:
+        """Zeros, (batch, *event)."""
+        return torch.zeros_like(self.mean)
+
+    def log_prob(self, value: Tensor, /) -> Tensor:  # noqa: ARG002
+        """Raises UserError: there is none."""
+        raise UserError("a deterministic encoder has no density, and so no likelihood; leave evaluate.likelihood out")
+
+    def draw(self, noise: Noise, lead: tuple[int, ...] = ()) -> Tensor:  # noqa: ARG002
+        """The value itself, (*lead, batch, *event)."""
+        return self.mean.expand(*lead, *self.mean.shape)
 
 
 class Bernoulli(distributions.Independent):

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from models.distributions import DiagonalNormal, Distribution
+from models.distributions import DiagonalNormal, Distribution, kl_divergence
 from runtime.randomness import Noise
 
 
@@ -44,10 +44,13 @@ class HierarchicalVAE(nn.Module, ABC):
     Attributes:
         groups: K.
         convolutional: whether it has convolutions, whose spectral norms can be a loss.
+        stochastic: whether its posteriors are distributions; if not, it is an autoencoder: it has no likelihood, and no
+            prior of its own to improve upon but what is fitted to its codes.
     """
 
     groups: int
     convolutional: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = True
 
     @abstractmethod
     def encode(self, x: Tensor) -> Sequence[Tensor]:
@@ -62,7 +65,7 @@ class HierarchicalVAE(nn.Module, ABC):
         """The base prior p(z_k | z_<k) over (batch, *latent shape of k)."""
 
     @abstractmethod
-    def posterior(self, k: int, context: Tensor, features: Sequence[Tensor]) -> DiagonalNormal:
+    def posterior(self, k: int, context: Tensor, features: Sequence[Tensor]) -> Distribution:
         """The approximate posterior q(z_k | z_<k, x) over (batch, *latent shape of k)."""
 
     @abstractmethod
@@ -72,6 +75,15 @@ class HierarchicalVAE(nn.Module, ABC):
     @abstractmethod
     def decode(self, context: Tensor) -> Likelihood:
         """The likelihood p(x | z), from the context after the last group."""
+
+    def divergence(self, k: int, context: Tensor, posterior: Distribution) -> Tensor:
+        """What the loss takes for group k's latents: KL(q ‖ p), in nats, (batch,)."""
+        assert isinstance(posterior, DiagonalNormal)
+        return kl_divergence(posterior, self.prior(k, context))
+
+    def penalties(self, x: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """Further terms of the loss for a batch (batch, *data shape): scalars, by name."""
+        return {}
 
     @torch.no_grad()
     def layout(self) -> list[Group]:
@@ -106,7 +118,7 @@ class Tempered(HierarchicalVAE):
         """The model's, its standard deviation times the temperature."""
         return self.model.prior(k, context).tempered(self.temperature)
 
-    def posterior(self, k: int, context: Tensor, features: Sequence[Tensor]) -> DiagonalNormal:
+    def posterior(self, k: int, context: Tensor, features: Sequence[Tensor]) -> Distribution:
         """The model's own."""
         return self.model.posterior(k, context, features)
 
@@ -165,7 +177,7 @@ class LearnedPrior(Protocol):
         ...
 
 
-Visit = Callable[[int, Tensor, DiagonalNormal, Tensor], None]
+Visit = Callable[[int, Tensor, Distribution, Tensor], None]
 """visit(k, context, posterior, z) sees group k of a posterior pass, with the z that was drawn from that posterior."""
 
 

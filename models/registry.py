@@ -2,14 +2,18 @@
 
 from typing import Any
 
+from models.conv_vae import ConvVAE
 from models.mlp import MLPVAE
 from models.nvae import NVAE
 from models.protocol import HierarchicalVAE
+from models.rae import RAE
 from models.residual import ResidualHVAE
 
 MODELS: dict[str, Any] = {
+    "conv-vae": ConvVAE,
     "mlp-vae": MLPVAE,
     "nvae": NVAE,
+    "rae": RAE,
     "residual-hvae": ResidualHVAE,
 }
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from datasets.dataset import Dataset
-from models.distributions import DiagonalNormal, kl_divergence
+from models.distributions import Distribution
 from models.protocol import Group, HierarchicalVAE, posterior_pass
 from models.spectral import SpectralNorms, batch_norm_scales
 from runtime.hardware import Precision, autocast
@@ -87,11 +87,11 @@ class Evidence:
 
 
 def evidence(model: HierarchicalVAE, x: Tensor, noise: Sequence[Noise]) -> Evidence:
-    """One posterior pass over x (batch, *data shape); noise[k] draws z_k. The KL of each group is analytic."""
+    """One posterior pass over x (batch, *data shape); noise[k] draws z_k. A group's KL is its model's ``divergence``."""
     divergences: list[Tensor] = []
 
-    def visit(k: int, context: Tensor, posterior: DiagonalNormal, z: Tensor) -> None:  # noqa: ARG001
-        divergences.append(kl_divergence(posterior, model.prior(k, context)))
+    def visit(k: int, context: Tensor, posterior: Distribution, z: Tensor) -> None:  # noqa: ARG001
+        divergences.append(model.divergence(k, context, posterior))
 
     decoded = model.decode(posterior_pass(model, x, noise.__getitem__, visit))
     return Evidence(decoded.log_prob(x), divergences)
@@ -159,6 +159,7 @@ def train_vae(
         noise = [Noise(seed, "vae", k, step, device=device) for k in range(model.groups)]
         with autocast(options.precision, device.type):
             parts = evidence(model, x, noise)
+            penalties = model.penalties(x)
         weight = min(1.0, step / warmup)
         balanced = options.kl_balance and weight < 1
         gamma = balance(parts.kl, layout) if balanced else torch.ones(model.groups)
@@ -166,7 +167,7 @@ def train_vae(
         if norms is not None:
             strength = spectral_weight(options, weight)
             terms |= {"spectral": strength * norms(), "batch-norm": strength * batch_norm_scales(model)}
-        return [{"reconstruction": -parts.log_likelihood.mean(), **terms}]
+        return [{"reconstruction": -parts.log_likelihood.mean(), **terms, **penalties}]
 
     model.train()
     train([trainee], options.steps, losses, report)

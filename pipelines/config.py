@@ -131,9 +131,12 @@ class SampleOptions(Options):
 
 
 class EvaluateOptions(Options):
-    """``examples``: test examples for the likelihood, all if absent; ``batch``: at a time; ``features``: network for FID."""
+    """``examples``: test examples for the likelihood, all if absent; ``batch``: at a time; ``features``: network for FID.
 
-    likelihood: LikelihoodOptions
+    ``likelihood`` is for models that have one, and absent for the others.
+    """
+
+    likelihood: LikelihoodOptions | None = None
     examples: Annotated[int, Field(ge=2)] | None = None  # a mean of one has no standard error
     batch: Count
     features: Literal[tuple(NETWORKS)] | None = None  # type: ignore[valid-type]
@@ -178,12 +181,27 @@ class Experiment(Options):
         for name in self.priors:
             if name.lower() in RESERVED:
                 raise ValueError(f"priors: {name!r} is what rows that belong to no prior are called; rename it")
-        base = self.priors.get(BASELINE)
-        if base is None or base.method != "normal" or base.base is not None:
-            raise ValueError(f"priors must include {BASELINE!r} with method normal and no base: gains are measured over it")
+        self._check_baseline()
         for name, prior in self.priors.items():
             self._check_prior(name, prior)
         return self
+
+    def _check_baseline(self) -> None:
+        base, model = self.priors.get(BASELINE), self.model.name
+        if MODELS[model].stochastic:
+            if base is None or base.method != "normal" or base.base is not None:
+                raise ValueError(
+                    f"priors must include {BASELINE!r} with method normal and no base: gains are measured over it"
+                )
+            if self.evaluate.likelihood is None:
+                raise ValueError(f"evaluate.likelihood is missing: {model} has one")
+            return
+        if base is None or base.method != "gmm" or base.components != 1:
+            raise ValueError(
+                f"priors must include {BASELINE!r} with method gmm and components 1: {model} has no prior of its own"
+            )
+        if self.evaluate.likelihood is not None:
+            raise ValueError(f"evaluate.likelihood: {model} is deterministic and has none; leave it out")
 
     def chain(self, prior: str) -> list[str]:
         """A prior, the prior that it is put on, and so on down to the model's own."""
@@ -197,6 +215,10 @@ class Experiment(Options):
         if method.on_proposal and prior.groups is not None:
             raise ValueError(f"priors.{name}.groups: {prior.method} follows its base in every group; leave it out")
         if prior.base is None:
+            if not MODELS[self.model.name].stochastic and method.base is GroupPrior.base:
+                raise ValueError(
+                    f"priors.{name}: {self.model.name} has no prior to put it on; name a gmm or a flow as its base"
+                )
             if method.on_proposal:
                 raise ValueError(f"priors.{name}: {prior.method} is the sampler of another prior; name that one as its base")
             return

@@ -130,7 +130,9 @@ class Evaluation:
         return min(limit for limit in limits if limit is not None)
 
     def _likelihoods(self) -> Iterator[Row]:
-        stored, options = self.stored, self.stored.recipe.experiment.evaluate.likelihood
+        if self.stored.recipe.experiment.evaluate.likelihood is None:
+            return
+        stored, options = self.stored, self._likelihood
         priors = {name: stored.prior(name, self._model) for name in stored.recipe.experiment.priors}
         pools = {
             name: fill_pool(self._model, prior, stored.recipe.seed, options.pool, self.report)
@@ -198,6 +200,12 @@ class Evaluation:
         )
         return in_blocks(path, identity, count, stored.recipe.experiment.evaluate.batch, compute, self.report)
 
+    @property
+    def _likelihood(self) -> LikelihoodOptions:
+        options = self.stored.recipe.experiment.evaluate.likelihood
+        assert options is not None
+        return options
+
     def _likelihood_rows(
         self, key: str, values: Tensor, found: dict[str, Tensor], pools: dict[str, Pool], density: Tensor | None
     ) -> Iterator[Row]:
@@ -205,7 +213,7 @@ class Evaluation:
 
         Curves over S are of the largest N and M, those over N and M of the largest S.
         """
-        options = self.stored.recipe.experiment.evaluate.likelihood
+        options = self._likelihood
         prior, _, what = key.partition("/")
         kind, *details = what.split("/")
         value, stderr, n = mean_and_error(values)
@@ -235,7 +243,7 @@ class Evaluation:
 
     def _normalised_on(self, kind: str, size: int) -> str:
         """For how many of S samples a corrected prior's normalisers were estimated, where it is not all of them."""
-        resamples = self.stored.recipe.experiment.evaluate.likelihood.resamples
+        resamples = self._likelihood.resamples
         few = kind in ("plugin", "sampler") and self.stored.vae.groups > 1 and size > resamples
         return f"normalisers of {resamples} resampled" if few else ""
 

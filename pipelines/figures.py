@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from datasets.registry import Truth, spec
-from models.distributions import DiagonalNormal
+from models.distributions import Distribution
 from models.protocol import posterior_pass
 from pipelines import results
 from pipelines.config import Config, Experiment, plain
@@ -475,7 +475,7 @@ def _hole(stored: Stored, corrected: str) -> Figure:
     x = stored.dataset.examples("test", slice(POINTS)).to(device)
     rows, codes = range(len(x)), []
 
-    def keep(_k: int, _context: torch.Tensor, _posterior: DiagonalNormal, z: torch.Tensor) -> None:
+    def keep(_k: int, _context: torch.Tensor, _posterior: Distribution, z: torch.Tensor) -> None:
         codes.append(z.cpu())
 
     posterior_pass(stored.vae, x, lambda k: Noise(stored.recipe.seed, "figure", k, rows=rows, device=device), keep)

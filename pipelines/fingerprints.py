@@ -59,7 +59,7 @@ def fingerprint(
     if sampler or prior == AGGREGATE:
         config["sample"] = drawing(experiment)
     measuring = next((found for names, found in MEASURED_BY.items() if re.match(names, metric)), ())
-    if "metrics.likelihood" in measuring:
+    if "metrics.likelihood" in measuring and experiment.evaluate.likelihood is not None:
         config |= {"likelihood": plain(experiment.evaluate.likelihood), "examples": experiment.evaluate.examples}
     if features.__name__ in measuring:
         config["features"] = experiment.evaluate.features

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from datasets.dataset import Dataset
-from models.distributions import DiagonalNormal
+from models.distributions import Distribution
 from models.protocol import posterior_pass
 from priors.protocol import FittedPrior, GroupPrior, Pair, Prior, TrainedPrior
 from runtime import checkpoints
@@ -40,7 +40,7 @@ def pairs(below: Prior, x: Tensor, seed: int, purpose: str, step: int = 0) -> li
     def noise(name: str, k: int) -> Noise:
         return Noise(seed, f"{purpose}-{name}", k, step, device=device)
 
-    def visit(k: int, context: Tensor, posterior: DiagonalNormal, z: Tensor) -> None:  # noqa: ARG001
+    def visit(k: int, context: Tensor, posterior: Distribution, z: Tensor) -> None:  # noqa: ARG001
         base = below.base(k, context)
         normal, uniform = noise("normal", k).normal((), tuple(z.shape)), noise("uniform", k).uniform((), (len(z),))
         found.append(Pair(z, base.draw(noise("base", k)), context, base, normal, uniform))
