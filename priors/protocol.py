@@ -73,19 +73,24 @@ class GroupPrior(nn.Module):
 
 
 class FittedPrior(GroupPrior, ABC):
-    """A prior that is fitted in one go to samples of the aggregate posterior."""
+    """A prior that is fitted in one go to the aggregate posterior."""
 
     class Options(GroupPrior.Options):
-        """``codes``: number of posterior samples to fit to, drawn ``batch`` images at a time."""
+        """``codes``: number of training images' codes to fit to, ``batch`` at a time.
+
+        ``codes_of``: posterior samples, which the aggregate posterior is made of; or posterior means, as RAE's tables have for
+        VAEs too (of a deterministic autoencoder they are the same).
+        """
 
         codes: Annotated[int, Field(ge=2)] = 5000
         batch: Annotated[int, Field(ge=1)] = 500
+        codes_of: Annotated[Literal["sample", "mean"], Field(exclude_if=lambda value: value == "sample")] = "sample"
 
     options: Options
 
     @abstractmethod
     def fit(self, codes: Tensor, seed: int) -> None:
-        """Set the buffers from z ~ q(z_k), shape (codes, *latent shape)."""
+        """Set the buffers from codes of group k, shape (codes, *latent shape)."""
 
 
 @dataclass

@@ -165,10 +165,20 @@ def _fit(below: Prior, slots: Sequence[Slot], dataset: Dataset, report: Report) 
         report(done + 1, len(slots), "fitted")
 
 
+@torch.no_grad()
 def _codes(below: Prior, k: int, options: FittedPrior.Options, dataset: Dataset, seed: int) -> Tensor:
-    """Posterior samples of group k, (codes, *latent), a batch of training examples at a time."""
-    parts = []
+    """Posterior samples or means of group k, (codes, *latent), a batch of training examples at a time."""
+    parts: list[Tensor] = []
+
+    def visit(group: int, context: Tensor, posterior: Distribution, z: Tensor) -> None:  # noqa: ARG001
+        if group == k:
+            parts.append(posterior.mean if options.codes_of == "mean" else z)
+
     for step in range(-(-options.codes // options.batch)):
         x = dataset.train_batch(options.batch, seed, step).to(below.device)
-        parts.append(pairs(below, x, seed, "codes", step)[k].posterior)
+        posterior_pass(below.model, x, partial(_code_noise, seed, step, below.device), visit)
     return torch.cat(parts)[: options.codes]
+
+
+def _code_noise(seed: int, step: int, device: torch.device, k: int) -> Noise:
+    return Noise(seed, "codes-posterior", k, step, device=device)

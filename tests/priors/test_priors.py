@@ -8,7 +8,7 @@ from models.mlp import MLPVAE
 from models.protocol import Group
 from models.residual import ResidualHVAE
 from models.trainer import evidence
-from priors import gmm
+from priors import gmm, trainer
 from priors.evalp import EnergyOptions
 from priors.flow import FlowOptions
 from priors.ncp import NoiseContrastivePrior
@@ -197,6 +197,25 @@ def test_the_mixture_finds_the_clusters_it_is_fitted_to():
     below = object()
     assert later.base(below, context) is below
     assert isinstance(prior, FittedPrior)
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_a_mixture_can_be_fitted_to_posterior_means_and_by_default_to_samples(k):
+    vae, options = frozen("hierarchical"), gmm.GaussianMixturePrior.Options
+    below = Prior(vae, [GroupPrior(GroupPrior.Options(), group) for group in vae.layout()])
+    samples, again, means = (
+        trainer._codes(below, k, options(codes=8, batch=8, codes_of=kind), Pixels(), 0)
+        for kind in ("sample", "sample", "mean")
+    )
+    x = Pixels().train_batch(8, 0, 0)
+    assert torch.equal(samples, pairs(below, x, 0, "codes", 0)[k].posterior)
+    assert torch.equal(samples, again)
+    assert means.shape == samples.shape
+    assert not torch.allclose(means, samples, atol=0.01)
+    if k == 0:
+        assert torch.equal(means, vae.posterior(0, vae.start(8), vae.encode(x)).mean)
+    assert "codes_of" not in options(codes=8).model_dump()  # what was fitted before there was a choice is as it was
+    assert options(codes=8, codes_of="mean").model_dump()["codes_of"] == "mean"
 
 
 @pytest.mark.parametrize(("latent", "components", "codes"), [((1280,), 10, 12810), ((20, 16, 16), 1, 5121), ((3,), 2, 8)])
