@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,13 +42,14 @@ class Blocks:
         return cls(tuple(array.shape), array.dtype, array.split(ROWS_AT_ONCE))
 
 
-def save(folder: Path, arrays: Mapping[str, Tensor | Blocks], identity: Identity) -> None:
+def save(folder: Path, arrays: Mapping[str, Tensor | Blocks], identity: Identity, **metadata: Any) -> None:
     """Write arrays to a folder, one after the other, in the memory of a block of one.
 
     Args:
         folder: where to; what lies there is overwritten, and counts for nothing until all of it is written.
         arrays: by name, each with at least one row.
         identity: what they are made from.
+        metadata: further JSON values to keep.
 
     Raises:
         UserError: the disk is full or not writable.
@@ -70,7 +72,7 @@ def save(folder: Path, arrays: Mapping[str, Tensor | Blocks], identity: Identity
                     written += len(rows)
             assert written == blocks.shape[0], f"{name}: {written} rows of {blocks.shape[0]}"
             sizes[name] = temporary.stat().st_size
-    document = describe(identity, content.hexdigest(), bytes=sizes)
+    document = describe(identity, content.hexdigest(), bytes=sizes, **metadata)
     write_text(folder / DOCUMENT, json.dumps(document, indent=1) + "\n")
 
 
