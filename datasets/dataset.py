@@ -159,9 +159,10 @@ class Dataset:
 
     def labels(self, split: str) -> Tensor:
         """Class labels of a split, or of several in turn, int64 (n,). Raises UserError if the data set has none."""
-        if "train-labels" not in self._tensors:
+        names = [f"{part}-labels" for part in split.split("+")]
+        if not all(name in self._tensors for name in names):
             raise UserError(f"{self.name} has no labels")
-        return torch.cat([self._tensors[f"{part}-labels"] for part in split.split("+")])
+        return torch.cat([self._tensors[name] for name in names])
 
     def _as_examples(self, values: Tensor, stream: torch.Generator) -> Tensor:
         if self.spec.kind == "points":
