@@ -63,9 +63,9 @@ def list_experiments() -> None:
 
 
 @app.command()
-def fetch(experiment: Name, dry_run: DryRun = False) -> None:
-    """Fetch, verify and prepare an experiment's data set."""
-    _show(experiment) if dry_run else _pipeline().fetch(experiment)
+def fetch(experiment: Name, workers: Workers = 0, dry_run: DryRun = False) -> None:
+    """Fetch, verify and prepare an experiment's data set. Goes on from where it was stopped."""
+    _show(experiment) if dry_run else _pipeline(workers=workers).fetch(experiment)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model, model_validator
 
+from datasets.dataset import ImageOptions
 from datasets.registry import DATASETS
 from metrics.features import NETWORKS
 from metrics.likelihood import LikelihoodOptions
@@ -148,10 +149,12 @@ class Experiment(Options):
     ``seeds`` repeat all of it; with ``vae_seed``, one VAE of that seed serves them all, and they repeat what follows. A
     prior's ``base`` is the prior that it is put on, the model's own if absent; its ``groups`` are those that it corrects,
     all if absent: the others keep the base. ``trained_in`` names an experiment whose VAE and priors serve this one, as far
-    as it has none of its own and they are of the same configuration.
+    as it has none of its own and they are of the same configuration. ``images``: how a model is shown a data set of the
+    kind ``images``.
     """
 
     dataset: str
+    images: ImageOptions | None = None
     seeds: Annotated[list[Seed], Field(min_length=1)]
     vae_seed: Seed | None = None
     model: ModelChoice
@@ -167,7 +170,9 @@ class Experiment(Options):
         if self.dataset not in DATASETS:
             raise ValueError(f"dataset {self.dataset!r} does not exist; there are {', '.join(DATASETS)}")
         points = DATASETS[self.dataset].kind == "points"
-        if points and self.model.likelihood == "bernoulli":
+        if self.images is not None and self.shown is None:
+            raise ValueError(f"images: {self.dataset} holds {DATASETS[self.dataset].kind}, which have no bits or flips")
+        if DATASETS[self.dataset].kind != "binary-images" and self.model.likelihood == "bernoulli":
             raise ValueError(f"model.likelihood: {self.dataset} is not binary, so bernoulli does not fit; use normal")
         if points and self.evaluate.features is not None:
             raise ValueError(f"evaluate.features: {self.dataset} has no images to take features of; leave it out")
@@ -202,6 +207,11 @@ class Experiment(Options):
             )
         if self.evaluate.likelihood is not None:
             raise ValueError(f"evaluate.likelihood: {model} is deterministic and has none; leave it out")
+
+    @property
+    def shown(self) -> ImageOptions | None:
+        """How the model is shown its images, spelt out; None if the data are not of the kind ``images``."""
+        return (self.images or ImageOptions()) if DATASETS[self.dataset].kind == "images" else None
 
     def chain(self, prior: str) -> list[str]:
         """A prior, the prior that it is put on, and so on down to the model's own."""

@@ -6,7 +6,6 @@ it runs never changes what it makes.
 
 import json
 import logging
-import multiprocessing
 import os
 import re
 import secrets
@@ -17,14 +16,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime import hardware, interruption, progress
+from runtime import hardware, interruption, processes, progress
 from runtime.errors import UserError, first_line
 from runtime.identity import ROOT
 
@@ -90,30 +88,11 @@ def _call(task: Task, path: Path, threads: int) -> Any:
 
 
 def _in_processes(calls: Sequence[tuple[Task, Path, int]], workers: int) -> list[Any]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_die_with_parent) as pool:
+    with processes.pool(workers) as pool:
         with interruption.left_to_this_process():  # workers are started as tasks are submitted
             futures: list[Future] = [pool.submit(_call, *call) for call in calls]
         wait(futures)
-        try:
-            return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was killed (out of memory, perhaps); "
-                "run the same command again: it goes on from the last checkpoint"
-            ) from error
-
-
-def _die_with_parent() -> None:
-    """Do not outlive a driver that was killed: an orphan would go on writing, and hold its locks."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+        return [future.result() for future in futures]
 
 
 def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[Any]:

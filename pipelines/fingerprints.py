@@ -49,6 +49,8 @@ def fingerprint(
     sources: dict[str, str] = {}
     if prior != DATA:
         config |= {"model": plain(experiment.model), "train": plain(experiment.train), "vae_seed": experiment.vae_seed}
+        if experiment.shown is not None:
+            config["images"] = plain(experiment.shown)
         sources["vae"] = vae_source(experiment)
     for name in chain:
         config[f"prior {name}"] = plain(experiment.priors[name], "samplers")

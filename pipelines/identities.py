@@ -47,6 +47,7 @@ class Identities:
             "model": plain(experiment.model),
             "train": plain(experiment.train),
             "seed": recipe.vae_seed,
+            **({} if experiment.shown is None else {"images": plain(experiment.shown)}),
         }
         return Identity(recipe.name, recipe.vae_seed, config, vae_source(experiment), _precision(experiment.train))
 

@@ -22,13 +22,13 @@ from pipelines.fanout import Machine, Task
 from pipelines.recipe import Recipe
 from pipelines.results import AGGREGATE
 from pipelines.stored import Stored
-from pipelines.work import prior_task, sample_task, vae_task
+from pipelines.work import fetch_task, prior_task, sample_task, vae_task
 from pipelines.workspace import Workspace
 from priors.registry import SAMPLERS
 from priors.samplers import ESS_FLOOR
 from runtime import arrays, checkpoints
 from runtime.errors import UserError
-from runtime.files import exclusive, require_writable, write_text
+from runtime.files import require_writable, write_text
 from runtime.identity import require_own_code
 
 
@@ -71,8 +71,9 @@ class Pipeline:
         blueprint.check(name, experiment)
         dataset, written = experiment.dataset, self.workspace.data(name)
         require_writable(written.parent, self.workspace.prepared(dataset), self.workspace.raw)
-        with exclusive(self.workspace.locks, f"data/{dataset}", wait=True):
-            data.fetch(dataset, self.workspace.prepared(dataset), self.workspace.raw)
+        task = {"name": dataset, "workspace": self.workspace, "workers": self.machine.workers}
+        # One task, here: what takes long in it has processes of its own.
+        fanout.run([Task(f"data set {dataset}", fetch_task, task)], Machine(), self.workspace.progress / f"fetch-{name}")
         digest = data.load(dataset, self.workspace.prepared(dataset)).digest
         write_text(written, json.dumps({"dataset": dataset, "digest": digest}) + "\n")
 

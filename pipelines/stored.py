@@ -40,7 +40,7 @@ class Stored:
     def dataset(self) -> data.Dataset:
         """The prepared data set."""
         name = self.recipe.experiment.dataset
-        return data.load(name, self.recipe.workspace.prepared(name))
+        return data.load(name, self.recipe.workspace.prepared(name), self.recipe.experiment.shown)
 
     def dataset_digest(self) -> str:
         """Of the data set here; a published VAE can do without it, and is then taken at its word."""

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from datasets import dataset as data
 from datasets.registry import spec
 from models.protocol import Tempered
 from models.trainer import train_vae
 from pipelines.recipe import Recipe
 from pipelines.samples import latent_rows, require_finite, rows_per_file, to_store
 from pipelines.stored import Stored
+from pipelines.workspace import Workspace
 from priors.registry import SAMPLERS
 from priors.sampling import draw, readjusted
 from priors.trainer import Slot, learn
@@ -20,6 +22,12 @@ from runtime import hardware, rowfiles
 from runtime.blocks import Rows
 from runtime.files import exclusive
 from runtime.progress import Report
+
+
+def fetch_task(report: Report, name: str, workspace: Workspace, workers: int) -> None:
+    """Fetch and prepare a data set, by some processes side by side."""
+    with exclusive(workspace.locks, f"data/{name}", wait=True):
+        data.fetch(name, workspace.prepared(name), workspace.raw, report, workers)
 
 
 def vae_task(report: Report, recipe: Recipe) -> dict[str, Any]:

@@ -78,8 +78,8 @@ class FittedPrior(GroupPrior, ABC):
     class Options(GroupPrior.Options):
         """``codes``: number of training images' codes to fit to, ``batch`` at a time.
 
-        ``codes_of``: posterior samples, which the aggregate posterior is made of; or posterior means, as RAE's tables have for
-        VAEs too (of a deterministic autoencoder they are the same).
+        ``codes_of``: posterior samples, which the aggregate posterior is made of; or posterior means, as RAE's tables have
+        for VAEs too (of a deterministic autoencoder they are the same).
         """
 
         codes: Annotated[int, Field(ge=2)] = 5000

@@ -9,6 +9,7 @@ import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,13 +57,14 @@ class Mapped(dict[str, Tensor]):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def save(folder: Path, arrays: Mapping[str, Tensor | Blocks], identity: Identity) -> None:
+def save(folder: Path, arrays: Mapping[str, Tensor | Blocks], identity: Identity, **metadata: Any) -> None:
     """Write arrays to a folder, one after the other, in the memory of a block of one.
 
     Args:
         folder: where to; what lies there is overwritten, and counts for nothing until all of it is written.
         arrays: by name, each with at least one row.
         identity: what they are made from.
+        metadata: further JSON values to keep.
 
     Raises:
         UserError: the disk is full or not writable.
@@ -85,7 +87,7 @@ def save(folder: Path, arrays: Mapping[str, Tensor | Blocks], identity: Identity
                     written += len(rows)
             assert written == blocks.shape[0], f"{name}: {written} rows of {blocks.shape[0]}"
             sizes[name] = temporary.stat().st_size
-    document = describe(identity, content.hexdigest(), bytes=sizes)
+    document = describe(identity, content.hexdigest(), bytes=sizes, **metadata)
     write_text(folder / DOCUMENT, json.dumps(document, indent=1) + "\n")
 
 

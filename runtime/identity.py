@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("runtime", "datasets", "models", "priors", "metrics", "pipelines")
 CARRIERS = {
     f"runtime.{name}"
-    for name in ("arrays", "blocks", "checkpoints", "errors", "files", "identity", "options", "progress", "rowfiles")
+    for name in (
+        *("arrays", "blocks", "checkpoints", "errors", "files", "identity", "interruption", "options", "processes"),
+        *("progress", "rowfiles"),
+    )
 }
 """Modules that keep numbers, and say what went wrong, but make none: a better message must not cost a trained model."""
 

@@ -204,7 +204,7 @@ def test_a_mixture_can_be_fitted_to_posterior_means_and_by_default_to_samples(k)
     vae, options = frozen("hierarchical"), gmm.GaussianMixturePrior.Options
     below = Prior(vae, [GroupPrior(GroupPrior.Options(), group) for group in vae.layout()])
     samples, again, means = (
-        trainer._codes(below, k, options(codes=8, batch=8, codes_of=kind), Pixels(), 0)
+        trainer._codes(below, k, options(components=2, codes=8, batch=8, codes_of=kind), Pixels(), 0)
         for kind in ("sample", "sample", "mean")
     )
     x = Pixels().train_batch(8, 0, 0)
@@ -214,8 +214,8 @@ def test_a_mixture_can_be_fitted_to_posterior_means_and_by_default_to_samples(k)
     assert not torch.allclose(means, samples, atol=0.01)
     if k == 0:
         assert torch.equal(means, vae.posterior(0, vae.start(8), vae.encode(x)).mean)
-    assert "codes_of" not in options(codes=8).model_dump()  # what was fitted before there was a choice is as it was
-    assert options(codes=8, codes_of="mean").model_dump()["codes_of"] == "mean"
+    assert "codes_of" not in options().model_dump()  # what was fitted before there was a choice is as it was
+    assert options(codes_of="mean").model_dump()["codes_of"] == "mean"
 
 
 @pytest.mark.parametrize(("latent", "components", "codes"), [((1280,), 10, 12810), ((20, 16, 16), 1, 5121), ((3,), 2, 8)])
