@@ -134,13 +134,19 @@ class SampleOptions(Options):
 class EvaluateOptions(Options):
     """``examples``: test examples for the likelihood, all if absent; ``batch``: at a time; ``features``: network for FID.
 
-    ``likelihood`` is for models that have one, and absent for the others.
+    ``likelihood`` is for models that have one, and absent for the others. ``reference``: the images that FID and KID hold
+    samples against, and ``reference_images``, how many of them (the first; all if absent): NVAE's FIDs are against what was
+    trained on, RAE's against 10 000 that were held out.
     """
 
     likelihood: LikelihoodOptions | None = None
     examples: Annotated[int, Field(ge=2)] | None = None  # a mean of one has no standard error
     batch: Count
     features: Literal[tuple(NETWORKS)] | None = None  # type: ignore[valid-type]
+    reference: Annotated[Literal["train", "train+validation", "test"], Field(exclude_if=lambda value: value == "train")] = (
+        "train"
+    )
+    reference_images: Annotated[int | None, Field(ge=4, exclude_if=lambda value: value is None)] = None
 
 
 class Experiment(Options):

@@ -309,11 +309,19 @@ class Evaluation:
             network, settings = self._features.network, stored.recipe.experiment.sample
             cold = f"; temperature {settings.temperature:g}" if settings.temperature != 1 else ""
             bits = "; 8-bit pixels" if settings.pixels == "uint8" else ""
-            name = f"{network.name}@{network.digest[:8]}; {settings.decoding} decoding{cold}{bits}"
-            reference = self._features.of_data("train")
+            against, reference = self._reference
+            name = f"{network.name}@{network.digest[:8]}; {settings.decoding} decoding{cold}{bits}{against}"
             for metric, measure in (("fid", frechet.fid), ("kid", kid.kid)):
                 value, stderr = measure(seen, reference, stored.recipe.seed)
                 yield self._row(prior, f"{metric}-{network.name}-{n}", value, stderr, n, features=name, **common)
+
+    @cached_property
+    def _reference(self) -> tuple[str, Tensor]:
+        """What FID and KID hold samples against: words for it, none if it is all training images, and its features."""
+        options = self.stored.recipe.experiment.evaluate
+        found = self._features.of_data(options.reference, options.reference_images)
+        default = options.reference == "train" and options.reference_images is None
+        return "" if default else f"; against {len(found)} {options.reference} images", found
 
     def _yardsticks(self) -> Iterator[Row]:
         """What the numbers are to be read against: the data's own, and the aggregate posterior's."""
@@ -324,7 +332,7 @@ class Evaluation:
             points = stored.dataset.examples("test")
             yield from self._quality(DATA, len(points), points, None)
         if stored.recipe.experiment.evaluate.features is not None:
-            seen = self._features.of_data("test")
+            seen = self._features.of_data(_other_images(stored.recipe))
             yield from self._quality(DATA, len(seen), None, seen)
 
     @cached_property
@@ -342,11 +350,16 @@ def _bandwidths(values: list[float]) -> str:
     return "rbf " + " ".join(f"{value:.4g}" for value in values)
 
 
+def _other_images(recipe: Recipe) -> str:
+    """The split that is held against the reference as samples are: what real images reach."""
+    return "validation" if recipe.experiment.evaluate.reference == "test" else "test"
+
+
 def features_task(report: Report, recipe: Recipe) -> None:
     """Make the feature network, and features of the data set's own images, once, before the seeds share them."""
-    found = Features(Stored(recipe), report)
-    for split in ("train", "test"):
-        found.of_data(split)
+    found, options = Features(Stored(recipe), report), recipe.experiment.evaluate
+    found.of_data(options.reference, options.reference_images)
+    found.of_data(_other_images(recipe))
 
 
 def evaluation_task(report: Report, recipe: Recipe, examples: int | None) -> list[Row]:

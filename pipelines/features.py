@@ -48,14 +48,20 @@ class Features:
             path = self._folder / "own.safetensors"
             return features.OwnClassifier(data.name, training, held_out, path, self._identity(), self._report)
 
-    def of_data(self, split: str) -> Tensor:
-        """Of all images of a split of the data set, (n, features), mapped from the disk."""
+    def of_data(self, split: str, most: int | None = None) -> Tensor:
+        """Of the images of a split of the data set, (n, features), mapped from the disk.
+
+        Args:
+            split: whose.
+            most: of so many first images; of all if absent, or if there are fewer.
+        """
         data, network = self._stored.dataset, self.network
-        folder, identity = self._folder / f"{network.name}-{split}", self._identity(network=network.digest)
+        size = min(data.size(split), most or data.size(split))
+        first = f"-{size}" if size < data.size(split) else ""
+        folder, identity = self._folder / f"{network.name}-{split}{first}", self._identity(network=network.digest)
         with exclusive(self._stored.recipe.workspace.locks, self._lock, wait=True):
             found = arrays.load_current(folder, identity)
             if found is None:
-                size = data.size(split)
 
                 def blocks():
                     for rows in torch.arange(size).split(IMAGES_AT_ONCE):

@@ -65,6 +65,9 @@ def fingerprint(
         config |= {"likelihood": plain(experiment.evaluate.likelihood), "examples": experiment.evaluate.examples}
     if features.__name__ in measuring:
         config["features"] = experiment.evaluate.features
+        config |= plain(
+            experiment.evaluate, "likelihood", "examples", "batch", "features"
+        )  # what else says of the reference
     if measuring:
         modules = [] if pseudo else chain_modules(experiment, prior)
         sources["metric"] = source_digest(*measuring, *modules)

@@ -27,7 +27,7 @@ def params():
     auto = deep | {
         "model": NETWORKS | {"name": "rae", "code_penalty": 0.1, "regulariser": "spectral-norm"},
         "priors": fitted,
-        "evaluate": {"batch": 20, "features": "own"},
+        "evaluate": {"batch": 20, "features": "own", "reference": "test", "reference_images": 200},
     }
     vae = deep | {"model": NETWORKS | {"name": "conv-vae", "std": 0.3}, "seeds": [0]}
     return {"run": [], "experiments": {"auto": auto, "vae": vae}}
@@ -46,6 +46,9 @@ def test_both_go_through_every_stage(checkout):
     assert vae.metric.str.startswith("loglik").any()
     measured = auto[auto.metric == "fid-digits-30"]
     assert set(measured.prior) == {"normal", "gmm", "flow", "ncp", "ncp-flow", "aggregate-posterior"}
+    assert measured.features.str.endswith("; against 200 test images").all()
+    assert auto[(auto.prior == "data") & (auto.metric == "fid-digits-200")].seed.tolist() == [0, 1]  # of validation images
+    assert not vae.features.str.contains("against").any()
     assert set(auto.model) == {"rae/normal"}
     assert {"mmd2/k00", "ess-fraction/k00", "kid-digits-30"} <= set(auto.metric)
 
