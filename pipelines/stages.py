@@ -74,8 +74,10 @@ class Pipeline:
         task = {"name": dataset, "workspace": self.workspace, "workers": self.machine.workers}
         # One task, here: what takes long in it has processes of its own.
         fanout.run([Task(f"data set {dataset}", fetch_task, task)], Machine(), self.workspace.progress / f"fetch-{name}")
-        digest = data.load(dataset, self.workspace.prepared(dataset)).digest
-        write_text(written, json.dumps({"dataset": dataset, "digest": digest}) + "\n")
+        known: dict[str, Any] = {"dataset": dataset, "digest": data.load(dataset, self.workspace.prepared(dataset)).digest}
+        if experiment.shown is not None:
+            known["images"] = plain(experiment.shown)
+        write_text(written, json.dumps(known) + "\n")
 
     def train_vae(self, name: str) -> None:
         """Stage 1: train the VAE of every seed."""

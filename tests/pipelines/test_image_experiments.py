@@ -15,6 +15,7 @@ from metrics.features import FeatureNetwork
 from pipelines import config
 from pipelines.fanout import Machine
 from pipelines.stages import Pipeline
+from runtime.checkpoints import load_document
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())["experiments"]
@@ -86,6 +87,19 @@ def test_it_goes_through_all_stages(name, checkout):
     deterministic = experiment["model"]["name"] == "rae"
     assert table.metric.str.startswith("loglik").any() != deterministic
     assert (checkout / "reports" / "figures" / f"{name}-samples.png").exists()
+
+
+def test_how_images_are_shown_is_part_of_what_later_stages_depend_on(checkout):
+    """DVC sees a data set by the file that names it; a model trained on other bits or flips is another model."""
+    experiment, seen = shrunk(PARAMS["cifar10-vae-lite"]), []
+    for images in ({}, {"images": {"flip": True}}, {"images": {"bits": 5}}):
+        write_params(checkout, {"run": [], "experiments": {"shown": experiment | images}})
+        pipeline = Pipeline(checkout, Machine(workers=1))
+        pipeline.fetch("shown")
+        pipeline.train_vae("shown")
+        digest = load_document(checkout / "artifacts" / "shown" / "vae" / "seed-0.safetensors", "")["digest"]
+        seen.append(((checkout / "data" / "shown.json").read_text(), digest))
+    assert len({named for named, _ in seen}) == len({digest for _, digest in seen}) == 3
 
 
 def test_recompressed_images_are_never_held_against_an_absolute_target():
