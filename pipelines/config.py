@@ -160,7 +160,7 @@ class Experiment(Options):
     """
 
     dataset: str
-    images: ImageOptions | None = None
+    images: Annotated[ImageOptions | None, Field(exclude_if=lambda value: value is None)] = None
     seeds: Annotated[list[Seed], Field(min_length=1)]
     vae_seed: Seed | None = None
     model: ModelChoice

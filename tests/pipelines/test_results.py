@@ -1,6 +1,7 @@
 """The results table: what is written is what is read, and the interval is the documented one."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
-from pipelines import report, results
+from pipelines import config, figures, report, results
 from pipelines.results import COLUMNS, Row
 from runtime.errors import UserError
 
@@ -527,3 +528,11 @@ def test_a_prior_looks_the_same_in_every_panel_that_one_legend_speaks_of():
     assert colours.keys() == {"gmm", "ncp", "ncp-gmm"}
     assert all(len(own) == 1 for own in colours.values())
     assert len(set().union(*colours.values())) == 3
+
+
+def test_the_committed_pictures_are_of_the_experiments_as_they_are(tmp_path):
+    """An option that most experiments do without must not make their pictures, or anything else, another's."""
+    shown = shutil.copytree(ROOT / "reports" / "figures", tmp_path / "figures")
+    today = config.validate(config.read(ROOT / "params.yaml"))
+    assert any(path.stem.endswith(figures.PICTURES) for path in shown.glob("*.png"))
+    assert figures.remove_stale(shown, list(shown.glob("*.png")), today) == []
