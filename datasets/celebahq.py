@@ -95,7 +95,7 @@ def _direct(request: Request, counts: Mapping[str, int], images: Images, provena
 def _array(path: Path, shape: Sequence[int]) -> Images:
     """Of one array in a NumPy file, mapped. Raises UserError: it is none of such images."""
     try:
-        array = np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="c")
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{path} is truncated or no array ({first_line(error)}); replace it, and fetch again") from error
     channels, height, width = shape

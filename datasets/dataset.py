@@ -61,7 +61,7 @@ def fetch(name: str, folder: Path, raw: Path, report: Report = silent, workers: 
     """
     identity = _identity(name)
     if arrays.load_current(folder, identity) is None:
-        entry, scratch = spec(name), raw / ".decoded" / name
+        entry, scratch = spec(name), raw / f".decoded-{name}"
         if isinstance(entry.prepare, Preparer):
             found = entry.prepare(Request(name, entry.shape, entry.checksums, raw, scratch, report, workers))
         else:
