@@ -9,9 +9,8 @@ from pathlib import Path, PurePath
 
 from datasets import decoding
 from datasets.decoding import Pictures
-from datasets.folders import provenance
 from datasets.mnist import MIRROR
-from datasets.pictures import cut_for, decoded, place, require_original, splits
+from datasets.pictures import cut_for, decoded, place, provenance, require_original, splits
 from datasets.registry import Prepared, Request
 from runtime.errors import UserError, first_line
 from runtime.torchvision_ops import import_torchvision

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from datasets import decoding, tfrecords
-from datasets.folders import provenance
 from datasets.mnist import MIRROR
-from datasets.pictures import cut_for, decoded, place, refuse_count, rows_at_once, splits
+from datasets.pictures import cut_for, decoded, place, provenance, refuse_count, rows_at_once, splits
 from datasets.registry import Prepared, Request
 from runtime.errors import UserError, first_line
 

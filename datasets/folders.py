@@ -7,14 +7,13 @@ called after those; classes are numbered in alphabetical order.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from datasets import decoding
 from datasets.mnist import MIRROR
-from datasets.pictures import cut_for, decoded, place, refuse_count, splits
+from datasets.pictures import cut_for, decoded, place, provenance, refuse_count, splits
 from datasets.registry import Prepared, Request
 from runtime.arrays import Blocks
 from runtime.errors import UserError
@@ -48,7 +47,8 @@ def prepare(
     for part, source in sources.items():
         refuse_count(source.place, len(source.names), (counts or {}).get(part, len(source.names)))
     classes = {part: sorted({_class(name) for name in source.names}) for part, source in sources.items()}
-    if classes["train"] != classes["test"]:
+    several = max(map(len, classes.values())) > 1  # else the folder, if there is one, is called as it happens to be
+    if several and classes["train"] != classes["test"]:
         odd = sorted(set(classes["train"]) ^ set(classes["test"]))
         raise UserError(f"{folder}: {odd[0]!r} is a class in one of train and test alone; mend that, and fetch again")
     if not 0 < validation < len(sources["train"].names):
@@ -59,19 +59,12 @@ def prepare(
         held_out = validation if part == "train" else 0
         sizes = {part: len(names) - held_out} | ({"validation": held_out} if held_out else {})
         arrays |= splits(request.shape, decoded(request, part, source, names, cut), sizes)
-        if len(classes["train"]) > 1:
+        if several:
             labels = torch.tensor([classes["train"].index(_class(name)) for name in names])
             arrays |= {
                 f"{split}-labels": found for split, found in zip(sizes, labels.split(list(sizes.values())), strict=True)
             }
     return Prepared(arrays, provenance([*sources.values()]))
-
-
-def provenance(sources: Sequence[decoding.Pictures]) -> dict[str, Any]:
-    """What is to be known of encoded images (:class:`datasets.registry.Prepared`)."""
-    formats = sorted({kind for source in sources for kind in source.formats})
-    kind = "folder" if sources[0].place.is_dir() else "zip"
-    return {"source": f"{kind} of {' and '.join(formats)} images", "jpeg": "JPEG" in formats}
 
 
 def _class(name: str) -> str:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,6 +131,13 @@ def splits(shape: Sequence[int], rows: Rows, counts: Mapping[str, int], first: i
 
 def _digest(names: Sequence[str]) -> str:
     return hashlib.blake2b("\n".join(names).encode(), digest_size=16).hexdigest()
+
+
+def provenance(sources: Sequence[Pictures]) -> dict[str, Any]:
+    """What is to be known of encoded images (:class:`datasets.registry.Prepared`)."""
+    formats = sorted({kind for source in sources for kind in source.formats})
+    kind = "folder" if sources[0].place.is_dir() else "zip"
+    return {"source": f"{kind} of {' and '.join(formats)} images", "jpeg": "JPEG" in formats}
 
 
 def refuse_count(where: Path, found: int, wanted: int) -> None:

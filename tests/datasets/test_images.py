@@ -399,6 +399,16 @@ def test_the_classes_of_folders_are_dealt_out_in_turn(mirror, tmp_path):
     assert np.array_equal(data._tensors["train"][1], second)
 
 
+def test_images_without_classes_have_no_labels(mirror, tmp_path):
+    for part, count in (("train", 10), ("test", 5)):
+        files = {f"{part}/{i}.jpg": encoded(drawn(i)) for i in range(count)}
+        write_zip(mirror / "cifar10-jpeg" / f"{part}.zip", files)
+    data = fetched("cifar10-jpeg", tmp_path)
+    assert [data.size(split) for split in COUNTS] == [6, 4, 5]
+    with pytest.raises(UserError, match="no labels"):
+        data.labels("train")
+
+
 def test_folders_that_do_not_fit_each_other_are_refused(mirror, tmp_path, monkeypatch):
     made_images.cifar10_jpeg(mirror, (3, 2))
     path = mirror / "cifar10-jpeg" / "test.zip"
