@@ -57,7 +57,7 @@ def changed(path, value):
         ("experiments.flat.model.initial_std", -0.1, ("experiments.flat.model.initial_std", "greater than 0")),
         ("experiments.flat.samplers.langevin.step_size", 0.0, ("samplers.langevin.step_size", "greater than 0")),
         ("experiments.flat.dataset", "imagenet", ("experiments.flat", "imagenet", "gaussians25, digits, mnist")),
-        ("experiments.flat.model.name", "gan", ("experiments.flat.model", "'mlp-vae', 'nvae', 'residual-hvae'")),
+        ("experiments.flat.model.name", "gan", ("experiments.flat.model", "'mlp-vae', 'nvae', 'rae', 'residual-hvae'")),
         ("experiments.flat.priors.ncp.method", "magic", ("experiments.flat.priors.ncp", "'normal', 'gmm', 'ncp'")),
         ("experiments.flat.priors.ncp.steps", -5, ("experiments.flat.priors.ncp.steps", "greater than or equal to 1")),
         ("experiments.flat.priors.ncp.samplers", ["ancestral"], ("priors.ncp.samplers", "use sir or langevin")),
