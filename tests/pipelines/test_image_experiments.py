@@ -109,6 +109,7 @@ def test_recompressed_images_are_never_held_against_an_absolute_target():
     assert judged
     for claim in judged:
         assert claim["kind"] == "ordering" or PARAMS[claim["experiment"]]["dataset"] != "cifar10-jpeg", claim["id"]
+    validated = config.validate({"run": [], "experiments": PARAMS}).experiments
     for name in EXPERIMENTS:
-        network = config.validate({"run": [], "experiments": PARAMS}).experiments[name].evaluate.features
+        network = validated[name].evaluate.features
         assert network == ("efficientnet-lite0" if name.endswith("-lite") else "pytorch-fid"), name
