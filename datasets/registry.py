@@ -94,6 +94,7 @@ class DatasetSpec:
         fresh: draws new training examples; None if the training split is all there is.
         shift: augmentation of training images, pixels in either direction of both axes.
         truth: the density, where it is known.
+        labelled: whether its examples have classes.
     """
 
     shape: tuple[int, ...]
@@ -105,6 +106,7 @@ class DatasetSpec:
     fresh: Callable[[int, Generator], Tensor] | None = None
     shift: int = 0
     truth: Truth | None = None
+    labelled: bool = True
 
 
 DATASETS: dict[str, DatasetSpec] = {
@@ -154,6 +156,7 @@ DATASETS: dict[str, DatasetSpec] = {
         licence="non-commercial research only",
         source="Z. Liu, P. Luo, X. Wang and X. Tang, 2015; the aligned images, cropped to 148 pixels as for NVAE",
         prepare=Preparer("datasets.celeba", {"box": [15, 40, 163, 188]}),
+        labelled=False,
         checksums={"list_eval_partition.txt": "d32c9cbf5e040fd4025c592c306e6668"},
     ),
     "celeba64-140": DatasetSpec(
@@ -162,6 +165,7 @@ DATASETS: dict[str, DatasetSpec] = {
         licence="non-commercial research only",
         source="Z. Liu, P. Luo, X. Wang and X. Tang, 2015; the aligned images, cropped to 140 pixels as for RAE",
         prepare=Preparer("datasets.celeba", {"box": [19, 39, 159, 179]}),
+        labelled=False,
         checksums={"list_eval_partition.txt": "d32c9cbf5e040fd4025c592c306e6668"},
     ),
     "celebahq256": DatasetSpec(
@@ -170,6 +174,7 @@ DATASETS: dict[str, DatasetSpec] = {
         licence="CC BY-NC 4.0",
         source="T. Karras, T. Aila, S. Laine and J. Lehtinen, 2018",
         prepare=Preparer("datasets.celebahq", {"counts": {"train": 26_000, "validation": 1_000, "test": 3_000}}),
+        labelled=False,
     ),
 }
 

@@ -97,10 +97,12 @@ def _choice(key: str, registry: Mapping[str, Any], **common: Any) -> Any:
 
 
 if TYPE_CHECKING:
+    Network: TypeAlias = str
     ModelChoice: TypeAlias = Any
     PriorChoice: TypeAlias = Any
     SamplerChoice: TypeAlias = Any
 else:
+    Network = Literal[tuple(NETWORKS)]
     ModelChoice = _choice("name", MODELS)
     PriorChoice = _choice(
         "method",
@@ -132,7 +134,7 @@ class SampleOptions(Options):
 
 
 class EvaluateOptions(Options):
-    """``examples``: test examples for the likelihood, all if absent; ``batch``: at a time; ``features``: network for FID.
+    """``examples``: test examples for the likelihood, all if absent; ``batch``: at a time; ``features``: networks for FID.
 
     ``likelihood`` is for models that have one, and absent for the others. ``reference``: the images that FID and KID hold
     samples against, and ``reference_images``, how many of them (the first; all if absent): NVAE's FIDs are against what was
@@ -142,11 +144,16 @@ class EvaluateOptions(Options):
     likelihood: LikelihoodOptions | None = None
     examples: Annotated[int, Field(ge=2)] | None = None  # a mean of one has no standard error
     batch: Count
-    features: Literal[tuple(NETWORKS)] | None = None  # type: ignore[valid-type]
+    features: Network | Annotated[list[Network], Field(min_length=1)] | None = None
     reference: Annotated[Literal["train", "train+validation", "test"], Field(exclude_if=lambda value: value == "train")] = (
         "train"
     )
     reference_images: Annotated[int | None, Field(ge=4, exclude_if=lambda value: value is None)] = None
+
+    @property
+    def networks(self) -> list[str]:
+        """The feature networks, none where no FID is measured."""
+        return self.features if isinstance(self.features, list) else [self.features] if self.features else []
 
 
 class Experiment(Options):
@@ -180,11 +187,16 @@ class Experiment(Options):
             raise ValueError(f"images: {self.dataset} holds {DATASETS[self.dataset].kind}, which have no bits or flips")
         if DATASETS[self.dataset].kind != "binary-images" and self.model.likelihood == "bernoulli":
             raise ValueError(f"model.likelihood: {self.dataset} is not binary, so bernoulli does not fit; use normal")
-        if points and self.evaluate.features is not None:
+        if points and self.evaluate.networks:
             raise ValueError(f"evaluate.features: {self.dataset} has no images to take features of; leave it out")
+        if "own" in self.evaluate.networks and not DATASETS[self.dataset].labelled:
+            raise ValueError(
+                f"evaluate.features: own is a classifier, and {self.dataset} has no classes; name another network"
+            )
+        _check_set("evaluate.features", self.evaluate.networks)
         if self.train.spectral and not MODELS[self.model.name].convolutional:
             raise ValueError(f"train.spectral: {self.model.name} has no convolutions to keep smooth; leave it out")
-        if self.evaluate.features is not None and self.sample.images < 4:
+        if self.evaluate.networks and self.sample.images < 4:
             raise ValueError(f"sample.images: FID needs 4 images, not {self.sample.images}; draw more, or drop features")
         _check_set("seeds", self.seeds)
         _check_case("priors", list(self.priors))

@@ -284,44 +284,37 @@ class Evaluation:
 
     def _quality_of(self, prior: str, drawn: Samples, name: str, **common: Any) -> Iterator[Row]:
         """Of samples, of which images are seen through their features, and points as they are."""
-        if self.stored.recipe.experiment.evaluate.features is None:
-            points = torch.cat(list(drawn.parts())) if spec(self.stored.recipe.experiment.dataset).truth else None
-            yield from self._quality(prior, drawn.total, points, None, **common)
-        else:
-            yield from self._quality(prior, drawn.total, None, self._features.of_samples(drawn, name), **common)
+        if spec(self.stored.recipe.experiment.dataset).truth:
+            yield from self._off_modes(prior, torch.cat(list(drawn.parts())), **common)
+        for network in self._features:
+            yield from self._distances(prior, network, network.of_samples(drawn, name), **common)
 
-    def _quality(self, prior: str, n: int, points: Tensor | None, seen: Tensor | None, **common: Any) -> Iterator[Row]:
-        """How good n samples are: off the modes where the modes are known, FID and KID where there is a network.
+    def _off_modes(self, prior: str, points: Tensor, **common: Any) -> Iterator[Row]:
+        """How many of a prior's points (n, d) lie off the modes, where these are known; ``common``: columns of the rows."""
+        truth = spec(self.stored.recipe.experiment.dataset).truth
+        assert truth is not None
+        share, stderr = modes.off_mode_share(points, truth.means, truth.sigma)
+        yield self._row(prior, "off-mode-share", share, stderr, len(points), **common)
+        yield self._row(prior, "modes-hit", modes.modes_hit(points, truth.means, truth.sigma), 0.0, len(points), **common)
 
-        Args:
-            prior: whose.
-            n: how many.
-            points: themselves, where the modes are known, (n, d).
-            seen: their features, where there is a network, (n, features).
-            common: columns of the rows.
-        """
-        stored = self.stored
-        if (truth := spec(stored.recipe.experiment.dataset).truth) and points is not None:
-            share, stderr = modes.off_mode_share(points, truth.means, truth.sigma)
-            yield self._row(prior, "off-mode-share", share, stderr, n, **common)
-            yield self._row(prior, "modes-hit", modes.modes_hit(points, truth.means, truth.sigma), 0.0, n, **common)
-        if seen is not None:
-            network, settings = self._features.network, stored.recipe.experiment.sample
-            cold = f"; temperature {settings.temperature:g}" if settings.temperature != 1 else ""
-            bits = "; 8-bit pixels" if settings.pixels == "uint8" else ""
-            against, reference = self._reference
-            name = f"{network.name}@{network.digest[:8]}; {settings.decoding} decoding{cold}{bits}{against}"
-            for metric, measure in (("fid", frechet.fid), ("kid", kid.kid)):
-                value, stderr = measure(seen, reference, stored.recipe.seed)
-                yield self._row(prior, f"{metric}-{network.name}-{n}", value, stderr, n, features=name, **common)
-
-    @cached_property
-    def _reference(self) -> tuple[str, Tensor]:
-        """What FID and KID hold samples against: words for it, none if it is all training images, and its features."""
-        options = self.stored.recipe.experiment.evaluate
-        found = self._features.of_data(options.reference, options.reference_images)
+    def _distances(self, prior: str, features: Features, seen: Tensor, **common: Any) -> Iterator[Row]:
+        """FID and KID of a prior's samples by their features (n, d) in one network; ``common``: columns of the rows."""
+        network, experiment, n = features.network, self.stored.recipe.experiment, len(seen)
+        settings, options, source = experiment.sample, experiment.evaluate, self.stored.dataset.provenance.get("source")
+        reference = features.of_data(options.reference, options.reference_images)
         default = options.reference == "train" and options.reference_images is None
-        return "" if default else f"; against {len(found)} {options.reference} images", found
+        said = [
+            f"{network.name}@{network.digest[:8]}",
+            f"{settings.decoding} decoding",
+            f"temperature {settings.temperature:g}" if settings.temperature != 1 else "",
+            "8-bit pixels" if settings.pixels == "uint8" else "",
+            "" if default else f"against {len(reference)} {options.reference} images",
+            f"from {source}" if source else "",
+        ]
+        for metric, measure in (("fid", frechet.fid), ("kid", kid.kid)):
+            value, stderr = measure(seen, reference, self.stored.recipe.seed)
+            how = "; ".join(filter(None, said))
+            yield self._row(prior, f"{metric}-{network.name}-{n}", value, stderr, n, features=how, **common)
 
     def _yardsticks(self) -> Iterator[Row]:
         """What the numbers are to be read against: the data's own, and the aggregate posterior's."""
@@ -329,15 +322,13 @@ class Evaluation:
         yield from self._quality_of(AGGREGATE, self._aggregate, AGGREGATE)
         if truth := spec(stored.recipe.experiment.dataset).truth:
             yield self._row(DATA, "loglik", *mean_and_error(truth.log_density(self._examples().double())))
-            points = stored.dataset.examples("test")
-            yield from self._quality(DATA, len(points), points, None)
-        if stored.recipe.experiment.evaluate.features is not None:
-            seen = self._features.of_data(_other_images(stored.recipe))
-            yield from self._quality(DATA, len(seen), None, seen)
+            yield from self._off_modes(DATA, stored.dataset.examples("test"))
+        for network in self._features:
+            yield from self._distances(DATA, network, network.of_data(_other_images(stored.recipe)))
 
     @cached_property
-    def _features(self) -> Features:
-        return Features(self.stored, self.report)
+    def _features(self) -> list[Features]:
+        return _networks(self.stored, self.report)
 
 
 def _thinned(curve: Sequence[Sequence[float]], checks: int) -> Sequence[Sequence[float]]:
@@ -355,11 +346,16 @@ def _other_images(recipe: Recipe) -> str:
     return "validation" if recipe.experiment.evaluate.reference == "test" else "test"
 
 
+def _networks(stored: Stored, report: Report) -> list[Features]:
+    return [Features(stored, name, report) for name in stored.recipe.experiment.evaluate.networks]
+
+
 def features_task(report: Report, recipe: Recipe) -> None:
-    """Make the feature network, and features of the data set's own images, once, before the seeds share them."""
-    found, options = Features(Stored(recipe), report), recipe.experiment.evaluate
-    found.of_data(options.reference, options.reference_images)
-    found.of_data(_other_images(recipe))
+    """Make the feature networks, and features of the data set's own images, once, before the seeds share them."""
+    options = recipe.experiment.evaluate
+    for found in _networks(Stored(recipe), report):
+        found.of_data(options.reference, options.reference_images)
+        found.of_data(_other_images(recipe))
 
 
 def evaluation_task(report: Report, recipe: Recipe, examples: int | None) -> list[Row]:

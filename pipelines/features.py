@@ -22,24 +22,25 @@ IMAGES_AT_ONCE = 2000
 
 
 class Features:
-    """The feature network of one experiment, and what it has seen.
+    """A feature network, and what it has seen of one experiment.
 
     Args:
         stored: one of the experiment's seeds.
+        name: of the network, as params.yaml has it.
         report: told of the progress.
     """
 
-    def __init__(self, stored: Stored, report: Report):
-        self._stored, self._report = stored, report
+    def __init__(self, stored: Stored, name: str, report: Report):
+        self._stored, self._name, self._report = stored, name, report
         self._folder = stored.recipe.workspace.features(stored.dataset.name)
         self._lock = f"features/{stored.dataset.name}"
 
     @cached_property
     def network(self) -> FeatureNetwork:
         """The network; the small classifier is trained, or found trained, on the data set's training images."""
-        name, data = self._stored.recipe.experiment.evaluate.features, self._stored.dataset
-        if name in features.PRETRAINED:
-            return features.PRETRAINED[name]()
+        data = self._stored.dataset
+        if self._name in features.PRETRAINED:
+            return features.PRETRAINED[self._name]()
         training, held_out = (
             features.Labelled(lambda rows, split=split: data.images(split, rows), data.labels(split))  # type: ignore[misc]
             for split in ("train", "validation")

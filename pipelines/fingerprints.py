@@ -64,7 +64,8 @@ def fingerprint(
     if "metrics.likelihood" in measuring and experiment.evaluate.likelihood is not None:
         config |= {"likelihood": plain(experiment.evaluate.likelihood), "examples": experiment.evaluate.examples}
     if features.__name__ in measuring:
-        config["features"] = experiment.evaluate.features
+        networks, own = experiment.evaluate.networks, experiment.dataset  # a classifier of its own is called after the data
+        config["features"] = next((name for name in networks if f"-{own if name == 'own' else name}-" in metric), None)
         config |= plain(
             experiment.evaluate, "likelihood", "examples", "batch", "features"
         )  # what else says of the reference

@@ -191,8 +191,8 @@ class Pipeline:
         kept = {AGGREGATE, *(f"{prior}+{sampler}" for prior, sampler in seeds[0].draws())}
         for path in _unnamed(self.workspace.measured(name), [kept, {f"seed-{seed}" for seed in experiment.seeds}]):
             shutil.rmtree(path)  # features of what is gone, to be had again
-        if experiment.evaluate.features is not None:
-            self._run("features", name, [Task("feature network", features_task, {"recipe": seeds[0]})])
+        if experiment.evaluate.networks:
+            self._run("features", name, [Task("feature networks", features_task, {"recipe": seeds[0]})])
         tasks = [
             Task(f"evaluation, seed {recipe.seed}", evaluation_task, {"recipe": recipe, "examples": examples})
             for recipe in seeds

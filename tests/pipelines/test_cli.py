@@ -79,6 +79,7 @@ def changed(path, value):
         ("experiments.flat.trained_in", "shallow", ("experiments.flat.trained_in", "does not exist")),
         ("experiments.flat.evaluate.features", "vgg", ("experiments.flat.evaluate.features", "'own'")),
         ("experiments.flat.evaluate.features", "own", ("experiments.flat", "has no images")),
+        ("experiments.deep.evaluate.features", ["own", "own"], ("experiments.deep", "'own' is listed twice")),
         ("experiments.flat.evaluate.likelihood.normaliser", [2**21], ("evaluate.likelihood", "fewer than the largest")),
         ("experiments.flat.model.likelihood", "bernoulli", ("experiments.flat", "use normal")),
         ("experiments.flat.priors.gmm.components", 1000, ("experiments.flat.priors.gmm", "raise codes")),

@@ -16,6 +16,7 @@ from pipelines import config
 from pipelines.fanout import Machine
 from pipelines.stages import Pipeline
 from runtime.checkpoints import load_document
+from runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())["experiments"]
@@ -79,11 +80,15 @@ def test_it_goes_through_all_stages(name, checkout):
         getattr(pipeline, stage)(name)
     pipeline.report()
     table = pd.read_csv(checkout / "reports" / "results.csv", keep_default_na=False)
-    fids = table[table.metric == "fid-colours-30"]
     drawn = {(prior, sampler) for prior, options in experiment["priors"].items() for sampler in options["samplers"]}
-    assert set(zip(fids.prior, fids.sampler, strict=True)) == {*drawn, ("aggregate-posterior", "")}
-    assert fids.value.between(0, 10).all()
-    assert table[table.prior == "data"].metric.str.startswith(("fid-colours-", "kid-colours-")).all()
+    networks = ["colours", *([experiment["dataset"]] if "own" in experiment["evaluate"]["features"] else [])]
+    for network in networks:
+        fids = table[table.metric == f"fid-{network}-30"]
+        assert set(zip(fids.prior, fids.sampler, strict=True)) == {*drawn, ("aggregate-posterior", "")}
+        assert fids.value.between(0, 10).all()
+        assert fids.features.str.match(rf"{network}@.*; from (zip|folder|cifar-10)").all()
+    assert table[table.prior == "data"].metric.str.match(f"(fid|kid)-({'|'.join(networks)})-").all()
+    assert set(table.fingerprint.str.len()) == {25}
     deterministic = experiment["model"]["name"] == "rae"
     assert table.metric.str.startswith("loglik").any() != deterministic
     assert (checkout / "reports" / "figures" / f"{name}-samples.png").exists()
@@ -111,5 +116,12 @@ def test_recompressed_images_are_never_held_against_an_absolute_target():
         assert claim["kind"] == "ordering" or PARAMS[claim["experiment"]]["dataset"] != "cifar10-jpeg", claim["id"]
     validated = config.validate({"run": [], "experiments": PARAMS}).experiments
     for name in EXPERIMENTS:
-        network = validated[name].evaluate.features
-        assert network == ("efficientnet-lite0" if name.endswith("-lite") else "pytorch-fid"), name
+        networks = validated[name].evaluate.networks
+        assert networks == (["efficientnet-lite0", "own"] if name.endswith("-lite") else ["pytorch-fid"]), name
+
+
+def test_images_without_classes_have_no_classifier_of_their_own():
+    experiment = PARAMS["celeba64-vae"]
+    named = experiment | {"evaluate": experiment["evaluate"] | {"features": ["pytorch-fid", "own"]}}
+    with pytest.raises(UserError, match="celeba64-140 has no classes; name another"):
+        config.validate({"run": [], "experiments": {"faces": named}})

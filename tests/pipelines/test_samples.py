@@ -130,7 +130,7 @@ def test_features_of_other_samples_are_not_taken_for_these(checkout, monkeypatch
     write_params(checkout, params)
     pipeline.sample("deep")
     stored = Stored(Recipe(params, "deep", 0, checkout))
-    found = Features(stored, lambda *_: None)
+    found = Features(stored, "own", lambda *_: None)
     samples = stored.samples("ncp", "sir-20")
     assert torch.equal(found.of_samples(samples, "ncp+sir-20"), found.network(samples.first(30)))
 
