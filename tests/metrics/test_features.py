@@ -145,7 +145,7 @@ def compressed(image):
 def test_efficientnet_puts_what_looks_worse_farther_from_the_real():
     """Real against real, compressed, blurred, noised: in that order; and another subject's share as it grows."""
     china, flower = load_sample_images().images
-    count = 100
+    count = 40
     reference, real, other = patches(china, count, 0), patches(china, count, 1), patches(flower, count, 2)
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(3))
     kinds = {

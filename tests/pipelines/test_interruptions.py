@@ -90,8 +90,11 @@ def ends(process, mark, number):
     return output
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# Each signal at every second command, and both at one.
+SIGNALS = [(command, (signal.SIGINT, signal.SIGTERM)[place % 2]) for place, command in enumerate([*COMMANDS, "report"])]
+
+
+@pytest.mark.parametrize(("command", "number"), SIGNALS)
 def test_every_command_ends_wherever_it_is(command, number, checkout):
     script = HANGING.format(method=COMMANDS[command]) + RUN
     with started(checkout, command, script) as (process, mark):
@@ -129,23 +132,25 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("whom", ["the driver alone", "the whole group, as a terminal does"])
-def test_tasks_end_wherever_they_run_and_no_other_begins(place, whom, checkout):
+@pytest.mark.parametrize(
+    ("place", "whole_group", "number"),
+    [  # a terminal signals the whole group, anything else the driver alone
+        ("in the driver", False, signal.SIGTERM),
+        ("in workers", False, signal.SIGINT),
+        ("in workers", True, signal.SIGHUP),
+        ("on Ray", False, signal.SIGTERM),
+        ("on Ray", True, signal.SIGINT),
+    ],
+)
+def test_tasks_end_wherever_they_run_and_no_other_begins(place, whole_group, number, checkout):
     long(checkout, place)
     command, running, processes = PLACES[place]
-    for number in (signal.SIGINT, signal.SIGTERM) if whom == "the driver alone" else (signal.SIGINT, signal.SIGHUP):
-        with started(checkout, command) as (process, mark):
-            wait_until(lambda: len(reports(checkout)) >= running or process.poll() is not None)
-            assert len(living(mark)) >= processes
-            if whom == "the driver alone":
-                process.send_signal(number)
-            else:
-                os.killpg(process.pid, number)
-            ends(process, mark, number)
-            assert len(reports(checkout)) == running
-        for path in reports(checkout):
-            path.unlink()
+    with started(checkout, command) as (process, mark):
+        wait_until(lambda: len(reports(checkout)) >= running or process.poll() is not None)
+        assert len(living(mark)) >= processes
+        (os.killpg if whole_group else os.kill)(process.pid, number)
+        ends(process, mark, number)
+        assert len(reports(checkout)) == running
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -208,6 +213,7 @@ def test_a_port_in_use_is_one_line_before_anything_starts(checkout):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
+        (checkout / "mlruns.db").unlink()
         with started(checkout, f"ui --port {port}") as (process, _):
             output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (2, "")

@@ -121,24 +121,20 @@ def test_what_the_network_has_seen_is_not_shown_to_it_again(checkout, monkeypatc
     assert sum(shown) == seeds * (draws + 1) * 230
 
 
-def test_features_of_other_samples_are_not_taken_for_these(checkout, monkeypatch):
-    pipeline = Pipeline(checkout, Machine(workers=1))
-    for stage in ("fetch", "train_vae", "train_prior", "sample", "evaluate"):
-        getattr(pipeline, stage)("deep")
+def test_features_of_other_samples_are_not_taken_for_these(done, monkeypatch):
+    pipeline = Pipeline(done, Machine(workers=1))
     params = tiny()
     params["experiments"]["deep"]["samplers"]["sir-20"]["proposals"] = 3
-    write_params(checkout, params)
+    write_params(done, params)
     pipeline.sample("deep")
-    stored = Stored(Recipe(params, "deep", 0, checkout))
+    stored = Stored(Recipe(params, "deep", 0, done))
     found = Features(stored, "own", lambda *_: None)
     samples = stored.samples("ncp", "sir-20")
     assert torch.equal(found.of_samples(samples, "ncp+sir-20"), found.network(samples.first(30)))
 
 
-def test_features_of_what_the_experiment_no_longer_draws_are_dropped(checkout):
-    pipeline = Pipeline(checkout, Machine(workers=1))
-    for stage in ("fetch", "train_vae", "train_prior", "sample", "evaluate"):
-        getattr(pipeline, stage)("deep")
+def test_features_of_what_the_experiment_no_longer_draws_are_dropped(done):
+    pipeline = Pipeline(done, Machine(workers=1))
     folder = pipeline.workspace.measured("deep")
     assert {path.name for path in folder.iterdir()} == {
         "aggregate-posterior",
@@ -149,7 +145,7 @@ def test_features_of_what_the_experiment_no_longer_draws_are_dropped(checkout):
     params = tiny()
     params["experiments"]["deep"]["priors"]["ncp"]["samplers"] = ["sir-20"]
     params["experiments"]["deep"]["seeds"] = [0]
-    write_params(checkout, params)
+    write_params(done, params)
     pipeline.sample("deep")
     pipeline.evaluate("deep")
     assert not (folder / "ncp+langevin").exists()
@@ -169,14 +165,14 @@ def test_experiments_on_one_data_set_share_its_preparation(checkout):
     assert '"dataset": "digits"' in pipeline.workspace.data("deep").read_text()
 
 
-def test_quantised_samples_say_so_in_their_rows(checkout):
-    pipeline = Pipeline(checkout, Machine(workers=1))
+def test_quantised_samples_say_so_in_their_rows(done):
+    pipeline = Pipeline(done, Machine(workers=1))
     for pixels in ("uint8", "float32"):
         params = tiny()
         params["experiments"]["deep"]["sample"]["pixels"] = pixels
-        write_params(checkout, params)
-        for stage in ("fetch", "train_vae", "train_prior", "sample"):
-            getattr(pipeline, stage)("deep")
+        params["experiments"]["deep"]["seeds"] = [0]
+        write_params(done, params)
+        pipeline.sample("deep")
         table = results.read(pipeline.evaluate("deep"), "")
         said = table[table.metric.str.startswith("fid-")].features
         assert said.str.endswith("; 8-bit pixels").all() == (pixels == "uint8")

@@ -161,8 +161,7 @@ def test_a_folder_that_is_gone(tmp_path):
     assert "the current folder is gone" in refused(done)
 
 
-@pytest.mark.parametrize("buffered", [None, "1"])
-@pytest.mark.parametrize("command", READING)
+@pytest.mark.parametrize(("command", "buffered"), [*((command, None) for command in READING), ("compare", "1")])
 def test_streams_that_are_closed_or_full_or_abandoned(command, buffered, finished):
     def ended(shell):
         done = run(shell, finished, PYTHONUNBUFFERED=buffered)
