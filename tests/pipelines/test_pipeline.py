@@ -173,6 +173,7 @@ def test_sampling_goes_on_from_whole_files_and_evaluation_from_a_partial_one(don
     params["experiments"]["flat"]["seeds"] = [0]
     params["experiments"]["flat"]["sample"] |= {"images": 130, "rows_per_file": 100}
     write_params(done, params)
+    shutil.rmtree(done / "artifacts" / "flat" / "samples")
     whole = numbers(run_all(done, ["flat"]))
     folder = done / "artifacts" / "flat"
     samples, likelihoods = list(folder.glob("samples/*/*/*.safetensors")), [*folder.glob("evaluation/*-seed-0.safetensors")]
@@ -236,6 +237,7 @@ def test_unfinished_samples_are_no_samples(done, how):
     params = tiny()
     params["experiments"]["flat"]["sample"] |= {"images": 230, "rows_per_file": 100}
     write_params(done, params)
+    shutil.rmtree(done / "artifacts" / "flat" / "samples")
     Pipeline(done).sample("flat")
     folder = Workspace(done).samples("flat", "ncp", "sir-20", 0)
     _, second, third = sorted(folder.iterdir())
