@@ -655,8 +655,8 @@ def divergences(model: HierarchicalVAE, x: Tensor, rows: Sequence[int], seed: in
     """KL(q(z_k | z_<k, x) || p(z_k | z_<k)) under the model's own prior, z_<k ~ q: K tensors (rows,), nats."""
     found: list[Tensor] = []
 
-    def visit(k: int, context: Tensor, posterior: Distribution, z: Tensor) -> None:  # noqa: ARG001
-        found.append(model.divergence(k, context, posterior))
+    def visit(k: int, context: Tensor, posterior: Distribution, z: Tensor) -> None:
+        found.append(model.divergence(k, context, posterior, z))
 
     posterior_pass(model, x, _streams(seed, "kl", rows, x.device), visit)
     return found

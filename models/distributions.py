@@ -51,6 +51,30 @@ class DiagonalNormal(distributions.Independent):
         return DiagonalNormal(self.base_dist.loc, temperature * self.base_dist.scale)
 
 
+class ReleasedNormal(DiagonalNormal):
+    """The Normal decoder of NVAE's released code, over images in [0, 1]: its log_prob is a density of 2x − 1.
+
+    So it is lower than that of a density of x, by ln 2 a coordinate. Means and draws stay within [0, 1].
+    """
+
+    @property
+    def mean(self) -> Tensor:
+        """The mode within [0, 1], (batch, *event)."""
+        return super().mean.clamp(0, 1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of 2 ``value`` − 1 in nats, ``value`` (*lead, batch, *event): shape (*lead, batch)."""
+        return super().log_prob(value) - math.log(2) * self.event_shape.numel()
+
+    def draw(self, noise: Noise, lead: tuple[int, ...] = ()) -> Tensor:
+        """Draws, clamped to [0, 1], shape (*lead, batch, *event)."""
+        return super().draw(noise, lead).clamp(0, 1)
+
+    def tempered(self, temperature: float) -> "ReleasedNormal":
+        """The same with every standard deviation multiplied by ``temperature``."""
+        return ReleasedNormal(self.base_dist.loc, temperature * self.base_dist.scale)
+
+
 class Point:
     """All probability on one value, (batch, *event): a deterministic encoder's posterior. It has no density."""
 
@@ -88,21 +112,22 @@ class Bernoulli(distributions.Independent):
 
 
 class LogisticMixture:
-    """A mixture of logistics for every pixel, discretised to 256 levels (Salimans et al., PixelCNN++, 2017, section 2).
+    """A mixture of logistics for every pixel, discretised to 2^bits levels (Salimans et al., PixelCNN++, 2017, section 2).
 
-    Images are (batch, channels, h, w) with levels i / 255. A component is shared by a pixel's channels; given the
+    Images are (batch, channels, h, w) with levels i / (2^bits − 1). A component is shared by a pixel's channels; given the
     component, a channel's mean depends linearly on the channels before it. The lowest and the highest level take the tails.
 
     Args:
         parameters: (batch, 1 + 2 channels + channels (channels - 1) / 2, h, w, components): logits of the weights, means,
             log-scales, and coefficients (through tanh); means and scales in units of data in [-1, 1].
+        bits: of a level.
     """
 
-    LEVELS = 256
     SMALLEST_LOG_SCALE = -7.0
 
-    def __init__(self, parameters: Tensor):
-        self._parameters = parameters
+    def __init__(self, parameters: Tensor, bits: int = 8):
+        self._parameters, self._bits = parameters, bits
+        self._half = 1 / (2**bits - 1)  # of the width of a level, in units of data in [-1, 1]
         outputs = parameters.shape[1]
         self._channels = next(c for c in (1, 2, 3, 4) if 1 + 2 * c + c * (c - 1) // 2 == outputs)
         c = self._channels
@@ -121,18 +146,21 @@ class LogisticMixture:
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability mass in nats of images ``value`` (*lead, batch, channels, h, w): shape (*lead, batch)."""
-        x, half = 2 * value - 1, 1 / (self.LEVELS - 1)
+        x = 2 * value - 1
         total = self._log_weights
         for channel in range(self._channels):
-            centred = x.select(-3, channel)[..., None] - self._centres(channel, x)
-            sharpness = torch.exp(-self._log_scales[:, channel])
-            above, below = sharpness * (centred + half), sharpness * (centred - half)
-            # The mass of a level is sigmoid(above) - sigmoid(below), written so that neither tail cancels.
-            inside = functional.logsigmoid(above) + functional.logsigmoid(-below) + torch.log(-torch.expm1(below - above))
-            lowest, highest = functional.logsigmoid(above), functional.logsigmoid(-below)
-            level = value.select(-3, channel)[..., None]
-            total = total + torch.where(level < half / 2, lowest, torch.where(level > 1 - half / 2, highest, inside))
+            level = x.select(-3, channel)[..., None]
+            total = total + self._log_mass(level, self._centres(channel, x), self._log_scales[:, channel])
         return total.logsumexp(-1).flatten(-2).sum(-1)
+
+    def _log_mass(self, level: Tensor, centre: Tensor, log_scale: Tensor) -> Tensor:
+        """Of levels in [-1, 1] (*lead, batch, h, w, 1) under every component: (*lead, batch, h, w, components)."""
+        sharpness, centred = torch.exp(-log_scale), level - centre
+        above, below = sharpness * (centred + self._half), sharpness * (centred - self._half)
+        # The mass of a level is sigmoid(above) - sigmoid(below), written so that neither tail cancels.
+        inside = functional.logsigmoid(above) + functional.logsigmoid(-below) + torch.log(-torch.expm1(below - above))
+        lowest, highest = functional.logsigmoid(above), functional.logsigmoid(-below)
+        return torch.where(level < self._half - 1, lowest, torch.where(level > 1 - self._half, highest, inside))
 
     def draw(self, noise: Noise, lead: tuple[int, ...] = ()) -> Tensor:
         """Draws, clamped to [0, 1] and rounded to the levels, shape (*lead, batch, channels, h, w)."""
@@ -146,7 +174,10 @@ class LogisticMixture:
             centre = (self._centres(channel, before) * chosen).sum(-1)
             scale = (self._log_scales[:, channel].exp() * chosen).sum(-1)
             drawn.append((centre + scale * logistic.select(-3, channel)).clamp(-1, 1))
-        return ((torch.stack(drawn, dim=-3) + 1) / 2 * (self.LEVELS - 1)).round() / (self.LEVELS - 1)
+        return self._stored((torch.stack(drawn, dim=-3) + 1) / 2)
+
+    def _stored(self, images: Tensor) -> Tensor:
+        return (images / self._half).round() * self._half
 
     @property
     def mean(self) -> Tensor:
@@ -168,7 +199,39 @@ class LogisticMixture:
         """The same with every scale multiplied by ``temperature``."""
         c, parameters = self._channels, self._parameters.clone()
         parameters[:, 1 + c : 1 + 2 * c] = self._log_scales + math.log(temperature)
-        return LogisticMixture(parameters)
+        return type(self)(parameters, self._bits)
+
+
+class ReleasedLogisticMixture(LogisticMixture):
+    """The mixture as NVAE's released code computes it. Its masses sum to more than one, its mean is of no distribution.
+
+    The upper tail goes to every level above 0.99 in [-1, 1], which of 8 bits are 255 and 254; where a mass is under 1e-5 it
+    is the density times the width. The mean chains colours through averaged coefficients, and draws are not rounded.
+    """
+
+    def _log_mass(self, level: Tensor, centre: Tensor, log_scale: Tensor) -> Tensor:
+        sharpness, centred = torch.exp(-log_scale), level - centre
+        above, below = sharpness * (centred + self._half), sharpness * (centred - self._half)
+        mass, middle = above.sigmoid() - below.sigmoid(), sharpness * centred
+        narrow = middle - log_scale - 2 * functional.softplus(middle) + math.log(2 * self._half)
+        inside = torch.where(mass > 1e-5, mass.clamp(min=1e-10).log(), narrow)
+        lowest, highest = functional.logsigmoid(above), functional.logsigmoid(-below)
+        return torch.where(level < -0.999, lowest, torch.where(level > 0.99, highest, inside))
+
+    def _stored(self, images: Tensor) -> Tensor:
+        return images
+
+    @property
+    def mean(self) -> Tensor:
+        """The chain of clamped colours, (batch, channels, h, w)."""
+        weights = self._log_weights.exp()[:, None]
+        means, coefficients = ((weights * part).sum(-1) for part in (self._means, self._coefficients))
+        found: list[Tensor] = []
+        for channel in range(self._channels):
+            first = channel * (channel - 1) // 2
+            shift = sum(coefficients[:, first + earlier] * found[earlier] for earlier in range(channel))
+            found.append((means[:, channel] + shift).clamp(-1, 1))
+        return (torch.stack(found, dim=1) + 1) / 2
 
 
 def soft_clamp(value: Tensor, bound: float = 5.0) -> Tensor:

@@ -19,22 +19,28 @@ class SqueezeExcitation(nn.Module):
 
 
 class NormalisedConv2d(nn.Conv2d):
-    """A convolution whose filters have a learned norm of their own: w = exp(g) v / |v| (Salimans and Kingma 2016)."""
+    """A convolution whose filters have a learned norm: w = exp(g) v / (|v| + 1e-5) (Salimans and Kingma 2016; NVAE's ε)."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        norm = self.weight.detach().flatten(1).norm(dim=1)
-        self.log_norm = nn.Parameter((norm + 1e-2).log())
+        self.log_norm = nn.Parameter((_norms(self.weight.detach()) + 1e-2).log())
 
     @property
     def effective_weight(self) -> Tensor:
         """The filters that are applied, shape of ``weight``."""
-        norm = torch.sqrt(self.weight.square().sum((1, 2, 3)) + 1e-5)
-        return self.weight * (self.log_norm.exp() / norm)[:, None, None, None]
+        return self._normalised(self.weight)
+
+    def _normalised(self, filters: Tensor) -> Tensor:
+        return filters * (self.log_norm.exp() / (_norms(filters) + 1e-5))[:, None, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve."""
         return functional.conv2d(x, self.effective_weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def _norms(filters: Tensor) -> Tensor:
+    """Of filters (out, in, kernel, kernel): (out,)."""
+    return torch.linalg.vector_norm(filters, dim=(1, 2, 3))
 
 
 class DepthwiseConv2d(nn.Conv2d):

@@ -9,7 +9,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from models.distributions import Bernoulli, DiagonalNormal, LogisticMixture, soft_clamp
+from models.distributions import (
+    Bernoulli,
+    DiagonalNormal,
+    LogisticMixture,
+    ReleasedLogisticMixture,
+    ReleasedNormal,
+    soft_clamp,
+)
 
 LikelihoodName = Literal["normal", "pixel-normal", "bernoulli", "logistic-mixture"]
 
@@ -35,6 +42,10 @@ class NormalLikelihood(nn.Module):
 class PixelNormalLikelihood(nn.Module):
     """NVAE's Normal decoder: mean and log-sigma of every coordinate, soft-clamped as if data in [0, 1] were in [-1, 1]."""
 
+    def __init__(self, released: bool = False):
+        super().__init__()
+        self.family = ReleasedNormal if released else DiagonalNormal
+
     def outputs(self, channels: int) -> int:
         """Mean and log-sigma."""
         return 2 * channels
@@ -42,7 +53,7 @@ class PixelNormalLikelihood(nn.Module):
     def forward(self, output: Tensor) -> DiagonalNormal:
         """The likelihood for decoder outputs (batch, 2 channels, …)."""
         mean, log_std = output.chunk(2, dim=1)
-        return DiagonalNormal((soft_clamp(mean) + 1) / 2, (soft_clamp(log_std).exp() + 1e-2) / 2)
+        return self.family((soft_clamp(mean) + 1) / 2, (soft_clamp(log_std).exp() + 1e-2) / 2)
 
 
 class BernoulliLikelihood(nn.Module):
@@ -58,7 +69,16 @@ class BernoulliLikelihood(nn.Module):
 
 
 class LogisticMixtureLikelihood(nn.Module):
-    """PixelCNN++'s discretised logistic mixture over 8-bit images, for one or three channels."""
+    """PixelCNN++'s discretised logistic mixture over images of 8 bits or fewer, for one or three channels.
+
+    Outputs, each of COMPONENTS channels: the weights; then, colour by colour, its means, its log-scales and, of three
+    colours, a coefficient: green's dependence on red stands with red, blue's on red and on green with green and blue.
+    """
+
+    def __init__(self, bits: int = 8, released: bool = False):
+        super().__init__()
+        self.bits = bits
+        self.family = ReleasedLogisticMixture if released else LogisticMixture
 
     def outputs(self, channels: int) -> int:
         """Weights; means and log-scales of every channel; and how later channels' means depend on earlier channels."""
@@ -66,7 +86,10 @@ class LogisticMixtureLikelihood(nn.Module):
 
     def forward(self, output: Tensor) -> LogisticMixture:
         """The likelihood for decoder outputs (batch, outputs(channels), h, w)."""
-        return LogisticMixture(output.unflatten(1, (COMPONENTS, -1)).movedim(1, -1))
+        parts = output.unflatten(1, (-1, COMPONENTS)).movedim(2, -1)
+        weights, colours = parts[:, :1], parts[:, 1:]
+        each = 3 if colours.shape[1] == 9 else 2  # a colour has no coefficient where it is alone
+        return self.family(torch.cat([weights, *(colours[:, part::each] for part in range(each))], dim=1), self.bits)
 
 
 LIKELIHOODS: dict[str, Any] = dict(
@@ -78,6 +101,16 @@ LIKELIHOODS: dict[str, Any] = dict(
 )
 
 
-def likelihood(name: LikelihoodName, initial_std: float) -> Any:
-    """The likelihood module of that name; ``initial_std`` matters to the Normal with one standard deviation alone."""
-    return LIKELIHOODS[name](initial_std) if name == "normal" else LIKELIHOODS[name]()
+def likelihood(name: LikelihoodName, initial_std: float, bits: int = 8, released: bool = False) -> Any:
+    """The likelihood module of that name.
+
+    ``initial_std`` matters to the Normal with one standard deviation alone, ``bits`` to the mixture. ``released``: as NVAE's
+    released code computes it, which differs for the Normal of pixels and the mixture.
+    """
+    settings: dict[str, dict[str, Any]] = {
+        "normal": {"initial_std": initial_std},
+        "pixel-normal": {"released": released},
+        "bernoulli": {},
+        "logistic-mixture": {"bits": bits, "released": released},
+    }
+    return LIKELIHOODS[name](**settings[name])

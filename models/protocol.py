@@ -66,7 +66,10 @@ class HierarchicalVAE(nn.Module, ABC):
 
     @abstractmethod
     def posterior(self, k: int, context: Tensor, features: Sequence[Tensor]) -> Distribution:
-        """The approximate posterior q(z_k | z_<k, x) over (batch, *latent shape of k)."""
+        """The approximate posterior q(z_k | z_<k, x) over (batch, *latent shape of k).
+
+        Its density may be known at its own last draw alone, and its ``mean`` may be a centre of another kind.
+        """
 
     @abstractmethod
     def advance(self, k: int, context: Tensor, z: Tensor) -> Tensor:
@@ -76,10 +79,15 @@ class HierarchicalVAE(nn.Module, ABC):
     def decode(self, context: Tensor) -> Likelihood:
         """The likelihood p(x | z), from the context after the last group."""
 
-    def divergence(self, k: int, context: Tensor, posterior: Distribution) -> Tensor:
-        """What the loss takes for group k's latents: KL(q ‖ p), in nats, (batch,)."""
-        assert isinstance(posterior, DiagonalNormal)
-        return kl_divergence(posterior, self.prior(k, context))
+    def divergence(self, k: int, context: Tensor, posterior: Distribution, z: Tensor) -> Tensor:
+        """What the loss takes for group k's latents: KL(q ‖ p), in nats, (batch,).
+
+        Where q is no Normal, its estimate log q(z) − log p(z) at ``z``, q's last draw, (batch, *latent shape of k).
+        """
+        prior = self.prior(k, context)
+        if isinstance(posterior, DiagonalNormal):
+            return kl_divergence(posterior, prior)
+        return posterior.log_prob(z) - prior.log_prob(z)
 
     def penalties(self, x: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         """Further terms of the loss for a batch (batch, *data shape): scalars, by name."""
@@ -100,11 +108,14 @@ class HierarchicalVAE(nn.Module, ABC):
 
 
 class Tempered(HierarchicalVAE):
-    """Another model at a temperature: the standard deviations of its base priors, and its likelihood's spread, scaled."""
+    """Another model at a temperature: the standard deviations of its base priors scaled, and its likelihood's spread.
 
-    def __init__(self, model: HierarchicalVAE, temperature: float):
+    The latter only if ``decoder``: NVAE's published samples have a temperature in their priors alone.
+    """
+
+    def __init__(self, model: HierarchicalVAE, temperature: float, decoder: bool = True):
         super().__init__()
-        self.model, self.temperature, self.groups = model, temperature, model.groups
+        self.model, self.temperature, self.decoder, self.groups = model, temperature, decoder, model.groups
 
     def encode(self, x: Tensor) -> Sequence[Tensor]:
         """The model's own."""
@@ -127,8 +138,9 @@ class Tempered(HierarchicalVAE):
         return self.model.advance(k, context, z)
 
     def decode(self, context: Tensor) -> Likelihood:
-        """The model's, tempered."""
-        return self.model.decode(context).tempered(self.temperature)
+        """The model's, tempered where that is asked for."""
+        likelihood = self.model.decode(context)
+        return likelihood.tempered(self.temperature) if self.decoder else likelihood
 
 
 Choose = Callable[[int, Tensor], Tensor]

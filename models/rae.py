@@ -53,7 +53,7 @@ class RAE(FlatConvolutional):
         """The code."""
         return Point(features[0].float())
 
-    def divergence(self, k: int, context: Tensor, posterior: Distribution) -> Tensor:  # noqa: ARG002
+    def divergence(self, k: int, context: Tensor, posterior: Distribution, z: Tensor) -> Tensor:  # noqa: ARG002
         """b ½ |z|², in place of a KL, (batch,)."""
         return 0.5 * self.code_penalty * posterior.mean.square().sum(1)
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.layers import NormalisedConv2d
+from runtime.randomness import generator
 
 ITERATIONS = 4
 ITERATIONS_AT_START = 40
@@ -19,8 +20,9 @@ def filters(layer: nn.Conv2d) -> Tensor:
 class SpectralNorms(nn.Module):
     """Σ over the convolutions of a network of the largest singular value of their filter matrix.
 
-    Power iteration, batched over layers of equal shape; the singular vectors are kept from step to step, since weights
-    move little. They are buffers of this module, the network is not a part of it.
+    Power iteration, batched over layers of equal shape; the left singular vectors are kept from step to step, since weights
+    move little. They are buffers of this module, the network is not a part of it. (NVAE's released code does not keep them
+    in its checkpoints, and begins anew where it resumes.)
     """
 
     steps: Tensor
@@ -34,8 +36,9 @@ class SpectralNorms(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         for shape, layers in self._layers.items():
             matrix = filters(layers[0])
-            # A fixed start: power iteration forgets it, and nothing random is drawn.
-            self.register_buffer(f"right_{shape}", matrix.new_ones(len(layers), matrix.shape[1], 1) / matrix.shape[1] ** 0.5)
+            # The same start in every training: power iteration forgets it.
+            start = torch.randn(len(layers), matrix.shape[0], 1, generator=generator(0, f"spectral {shape}"), device="cpu")
+            self.register_buffer(f"left_{shape}", _unit(start).to(matrix))
 
     def forward(self) -> Tensor:
         """The sum, a scalar, differentiable in the weights."""
@@ -43,13 +46,24 @@ class SpectralNorms(nn.Module):
         self.steps += 1
         found = []
         for shape, layers in self._layers.items():
-            matrices, right = torch.stack([filters(layer) for layer in layers]), getattr(self, f"right_{shape}")
-            with torch.no_grad():
-                for _ in range(iterations):
-                    left = functional.normalize(matrices @ right, dim=1, eps=1e-3)
-                    right.copy_(functional.normalize(matrices.mT @ left, dim=1, eps=1e-3))
-            found.append((left.mT @ matrices @ right).sum())
+            matrices, left = torch.stack([filters(layer) for layer in layers]), getattr(self, f"left_{shape}")
+            new, right = singular_vectors(matrices.detach(), left, iterations)
+            left.copy_(new)
+            found.append((new.mT @ matrices @ right).sum())
         return torch.stack(found).sum()
+
+
+def singular_vectors(matrices: Tensor, left: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+    """The first left and right ones of matrices (layers, out, in), by power iteration from ``left`` (layers, out, 1)."""
+    for _ in range(iterations):
+        right = _unit(matrices.mT @ left)
+        left = _unit(matrices @ right)
+    return left, right
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Columns (layers, size, 1) of norm 1, unless they are nearly nothing."""
+    return functional.normalize(vectors, dim=1, eps=1e-3)
 
 
 def batch_norm_scales(network: nn.Module) -> Tensor:

@@ -16,7 +16,7 @@ from models.protocol import Group, HierarchicalVAE, posterior_pass
 from models.spectral import SpectralNorms, batch_norm_scales
 from runtime.hardware import Precision, autocast
 from runtime.identity import Identity
-from runtime.options import Options
+from runtime.options import Options, unless
 from runtime.progress import Report, silent
 from runtime.randomness import Noise
 from runtime.training import Terms, Trainee, cosine, train
@@ -32,11 +32,13 @@ class TrainOptions(Options):
 
     ``restarts``: maps the steps at which warm-up and cosine begin anew to the rate they then rise to (SGDR, Loshchilov and
     Hutter 2017); a cycle goes on from the averaged weights of the one before, with a fresh optimiser. ``kl_warmup``:
-    fraction of the first cycle's steps over which the KL's weight grows from 0 to 1. ``kl_balance``: while it does, weigh
-    the groups so that none collapses (NVAE). ``spectral``: weight of the spectral norms and of the batch norms' scales in
-    the loss (NVAE's λ), coming log-linearly from ``spectral_start`` (if given) as the KL's weight grows. ``ema``: decay of
-    the averaged weights that are kept. ``precision``: ``auto`` is bf16 autocast where the hardware gains from it. The
-    optimiser adamax has NVAE's ε = 1e-3 and weight decay 3e-4.
+    fraction of the first cycle's steps over which the KL's weight grows from 0 to 1, after ``kl_delay`` of them; it is never
+    under ``kl_floor`` (NVAE as released has 1e-4 of both). ``kl_balance``: while it grows, weigh the groups so that none
+    collapses (NVAE). ``spectral``: weight of the spectral norms and of the batch norms' scales in the loss (NVAE's λ),
+    coming log-linearly from ``spectral_start`` (if given) as the KL's weight grows. ``ema``: decay of the averaged weights
+    that are kept, 0 for the last ones; ``clip``: largest norm of a gradient, null for any. (NVAE as released does neither:
+    it takes hundreds of epochs, and short trainings gain from both.) ``precision``: ``auto`` is bf16 autocast where the
+    hardware gains from it. The optimiser adamax has NVAE's ε = 1e-3 and weight decay 3e-4.
     """
 
     steps: Annotated[int, Field(ge=1)]
@@ -46,11 +48,13 @@ class TrainOptions(Options):
     warmup: Annotated[int, Field(ge=0)] = 100
     restarts: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] = Field(default={})
     kl_warmup: Annotated[float, Field(ge=0, le=1)] = 0.3
+    kl_delay: Annotated[float, Field(ge=0, lt=1), unless(0)] = 0.0
+    kl_floor: Annotated[float, Field(ge=0, lt=1), unless(0)] = 0.0
     kl_balance: bool = True
     spectral: Annotated[float, Field(ge=0)] = 0.0
     spectral_start: Annotated[float, Field(gt=0)] | None = None
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    clip: Annotated[float, Field(gt=0)] = 100.0
+    clip: Annotated[float, Field(gt=0)] | None = 100.0
     precision: Precision = "auto"
 
     @model_validator(mode="after")
@@ -90,8 +94,8 @@ def evidence(model: HierarchicalVAE, x: Tensor, noise: Sequence[Noise]) -> Evide
     """One posterior pass over x (batch, *data shape); noise[k] draws z_k. A group's KL is its model's ``divergence``."""
     divergences: list[Tensor] = []
 
-    def visit(k: int, context: Tensor, posterior: Distribution, z: Tensor) -> None:  # noqa: ARG001
-        divergences.append(model.divergence(k, context, posterior))
+    def visit(k: int, context: Tensor, posterior: Distribution, z: Tensor) -> None:
+        divergences.append(model.divergence(k, context, posterior, z))
 
     decoded = model.decode(posterior_pass(model, x, noise.__getitem__, visit))
     return Evidence(decoded.log_prob(x), divergences)
@@ -112,6 +116,12 @@ def balance(divergences: Sequence[Tensor], layout: Sequence[Group]) -> Tensor:
     kl = torch.stack([divergence.detach().abs().mean().cpu() for divergence in divergences]) + 0.01
     weights = kl / (alpha / alpha.min()) * kl.sum()
     return weights / weights.mean()
+
+
+def kl_weight(options: TrainOptions, step: int) -> float:
+    """The KL's weight in the loss at a step."""
+    steps = len(options.cycles()[0][0])
+    return max(min(1.0, (step - options.kl_delay * steps) / max(1, round(options.kl_warmup * steps))), options.kl_floor)
 
 
 def spectral_weight(options: TrainOptions, kl_weight: float) -> float:
@@ -152,7 +162,6 @@ def train_vae(
         "vae", model, optimizer, options.rate, path, identity, options.clip, options.ema, norms, options.restarts
     )
     layout, seed = model.layout(), identity.seed
-    warmup = max(1, round(options.kl_warmup * len(options.cycles()[0][0])))
 
     def losses(step: int, active: Sequence[Trainee]) -> list[Terms]:  # noqa: ARG001
         x = dataset.train_batch(options.batch, seed, step).to(device)
@@ -160,7 +169,7 @@ def train_vae(
         with autocast(options.precision, device.type):
             parts = evidence(model, x, noise)
             penalties = model.penalties(x)
-        weight = min(1.0, step / warmup)
+        weight = kl_weight(options, step)
         balanced = options.kl_balance and weight < 1
         gamma = balance(parts.kl, layout) if balanced else torch.ones(model.groups)
         terms = {f"kl/k{k:02d}": weight * gamma[k].item() * kl.mean() for k, kl in enumerate(parts.kl)}

@@ -75,6 +75,18 @@ def train_vae(experiment: Name, threads: Threads = 1, workers: Workers = 0, dry_
 
 
 @app.command()
+def import_nvae(
+    experiment: Name,
+    checkpoint: Annotated[Path, typer.Option(help="The checkpoint.pt that NVAE's released training script wrote.")],
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Which of the experiment's VAEs it is, if there are several.")
+    ] = None,
+) -> None:
+    """In place of stage 1: take an NVAE that was trained by its released code. The data set has to be fetched."""
+    typer.echo(_pipeline().import_nvae(experiment, checkpoint, seed))
+
+
+@app.command()
 def train_prior(
     experiment: Name,
     threads: Threads = 1,

@@ -75,7 +75,8 @@ class Evaluation:
         common: dict[str, Any] = {
             "experiment": stored.recipe.name,
             "dataset": stored.recipe.experiment.dataset,
-            "model": f"{stored.recipe.experiment.model.name}/{stored.recipe.experiment.model.likelihood}",
+            "model": f"{stored.recipe.experiment.model.name}/{stored.recipe.experiment.model.likelihood}"
+            + (" (imported)" if "imported" in stored.vae_document else ""),
             "sampler": "",
             "samples": 0,
             "normaliser": 0,
@@ -96,9 +97,10 @@ class Evaluation:
     def _training(self) -> Iterator[Row]:
         stored = self.stored
         precision = {"precision": stored.vae_document.get("precision", "")}
-        yield self._row(
-            BASELINE, "train-seconds", stored.vae_document["seconds"], 0.0, stored.vae_document["step"], **precision
-        )
+        if "imported" not in stored.vae_document:
+            yield self._row(
+                BASELINE, "train-seconds", stored.vae_document["seconds"], 0.0, stored.vae_document["step"], **precision
+            )
         for name in (name for name, options in stored.recipe.experiment.priors.items() if options.method != "normal"):
             documents = [stored.prior_document(name, k) for k in range(stored.vae.groups)]
             precision = {"precision": documents[0].get("precision", "")}

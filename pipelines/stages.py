@@ -19,6 +19,7 @@ from pipelines import blueprint, claims, fanout, fingerprints, report, results, 
 from pipelines.config import Config, Experiment, plain, read, validate
 from pipelines.evaluation import evaluation_task, features_task
 from pipelines.fanout import Machine, Task
+from pipelines.importing import import_nvae
 from pipelines.recipe import Recipe
 from pipelines.results import AGGREGATE
 from pipelines.stored import Stored
@@ -96,6 +97,18 @@ class Pipeline:
         tracking.record(
             self.root, "train-vae", name, runs, {"model": plain(experiment.model), "train": plain(experiment.train)}
         )
+
+    def import_nvae(self, name: str, checkpoint: Path, seed: int | None) -> Path:
+        """In place of stage 1: the VAE of one seed from a checkpoint of NVAE's released code. Returns what was written."""
+        _, seeds = self._seeds(name)
+        recipes = {recipe.vae_seed: recipe for recipe in seeds}
+        if seed is None and len(recipes) > 1:
+            known = ", ".join(map(str, recipes))
+            raise UserError(f"{name} has a VAE for each of the seeds {known}; say which one this is with --seed")
+        if seed is not None and seed not in recipes:
+            raise UserError(f"{name} has no VAE of seed {seed}, but of {', '.join(map(str, recipes))}")
+        require_writable(self.workspace.artifacts(name) / "vae")
+        return import_nvae(recipes[next(iter(recipes)) if seed is None else seed], checkpoint)
 
     def train_prior(self, name: str) -> None:
         """Stage 2: learn every prior of every seed, its groups dealt over the shards; a base before what is put on it."""

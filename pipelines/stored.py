@@ -154,7 +154,7 @@ class Stored:
 
     def _note_earlier_code(self, path: Path, document: Document, identity: Identity, what: str, stage: str) -> None:
         if document["source"] != identity.source:
-            owner = self.recipe.owner(path)
+            owner, stage = self.recipe.owner(path), "import-nvae" if "imported" in document else stage
             _say_once(f"note: {owner}: {what} was made by earlier code; 'priorhole {stage} {owner}' makes it anew")
 
 

@@ -11,6 +11,7 @@ from datasets import dataset as data
 from datasets.registry import spec
 from models.protocol import Tempered
 from models.trainer import train_vae
+from pipelines.importing import imported
 from pipelines.recipe import Recipe
 from pipelines.samples import latent_rows, require_finite, rows_per_file, to_store
 from pipelines.stored import Stored
@@ -31,11 +32,13 @@ def fetch_task(report: Report, name: str, workspace: Workspace, workers: int) ->
 
 
 def vae_task(report: Report, recipe: Recipe) -> dict[str, Any]:
-    """Stage 1 for one seed: train the VAE, or find it trained. Returns the checkpoint's metadata."""
+    """Stage 1 for one seed: train the VAE, or find it trained or imported. Returns the checkpoint's metadata."""
     workspace, name, seed, stored = recipe.workspace, recipe.name, recipe.vae_seed, Stored(recipe)
     with exclusive(workspace.locks, f"{name}/vae/seed-{seed}"):
-        model = stored.new_vae().to(hardware.device())
         path, options = workspace.vae(name, seed), recipe.experiment.train
+        if path.exists() and imported(path):  # by whatever code: nothing here could make it anew
+            return stored.vae_document
+        model = stored.new_vae().to(hardware.device())
         return train_vae(model, stored.dataset, options, path, stored.identities.vae(), report)
 
 

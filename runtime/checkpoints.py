@@ -240,7 +240,7 @@ def publish(path: Path, copy: Path) -> None:
     small = {name: tensor.half() if tensor.dim() >= 2 else tensor for name, tensor in tensors.items()}
     made_from = (document[key] for key in ("experiment", "seed", "config", "source", "precision"))
     identity = Identity(*made_from)
-    known = {"step", "seconds", "history", "held_out", "ended", "kept"} & document.keys()
+    known = {"step", "seconds", "history", "held_out", "ended", "kept", "imported"} & document.keys()
     save(copy, small, identity, original=document["digest"], **{name: document[name] for name in known})
 
 

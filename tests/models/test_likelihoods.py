@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from models.distributions import Bernoulli, DiagonalNormal, LogisticMixture
+from models.distributions import Bernoulli, DiagonalNormal, LogisticMixture, ReleasedLogisticMixture
 from models.likelihoods import LIKELIHOODS, likelihood
 from runtime.randomness import Noise
 
@@ -15,9 +15,10 @@ def mixture(channels, batch=2, side=2, seed=0):
 
 
 def test_the_logistic_mixture_gives_each_pixel_a_total_mass_of_one():
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    mass = mixture(1, batch=1, side=1).log_prob(levels.view(256, 1, 1, 1, 1)).exp().sum()
-    assert mass.item() == pytest.approx(1, abs=1e-9)
+    for bits in (5, 8):
+        levels = torch.arange(2**bits, dtype=torch.float64) / (2**bits - 1)
+        one = LogisticMixture(mixture(1, batch=1, side=1)._parameters, bits)
+        assert one.log_prob(levels.view(-1, 1, 1, 1, 1)).exp().sum().item() == pytest.approx(1, abs=1e-9)
 
 
 def test_later_channels_of_the_logistic_mixture_are_conditional_masses():
@@ -42,6 +43,17 @@ def test_draws_of_the_logistic_mixture_follow_its_masses():
 def test_the_mean_of_the_logistic_mixture_is_that_of_its_draws():
     one = LogisticMixture(0.3 * mixture(3, batch=1, side=1)._parameters).tempered(0.05)
     assert one.draw(Noise(0, "t"), (20_000,)).double().mean(0) == pytest.approx(one.mean, abs=0.01)
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+def test_draws_of_the_logistic_mixture_are_levels_but_for_the_released_codes(bits):
+    parameters = mixture(3)._parameters
+    levels = LogisticMixture(parameters, bits).draw(Noise(0, "t")) * (2**bits - 1)
+    assert torch.allclose(levels, levels.round(), atol=1e-9)
+    released = ReleasedLogisticMixture(parameters, bits).draw(Noise(0, "t")) * (2**bits - 1)
+    assert (released - levels).abs().max() > 0.1
+    assert released.min() >= 0
+    assert released.max() <= 2**bits - 1
 
 
 def test_extreme_logistic_mixtures_stay_finite():

@@ -36,8 +36,13 @@ SMALL = {
             (3, 16, 16),
         ),
         (
-            {"groups_per_scale": [2], "latent_channels": 1, "width": 4, "halvings": 1, "likelihood": "pixel-normal"},
+            {"groups_per_scale": [1, 1], "latent_channels": 2, "width": 8, "halvings": 1, "likelihood": "pixel-normal"}
+            | {"flows": 1, "cells": 1, "outer_cells": 1, "decoder_width": 4, "decoder_cells": 2, "decoder_outer_cells": 2},
             (3, 8, 8),
+        ),
+        (
+            {"groups_per_scale": [1], "latent_channels": 2, "width": 4, "halvings": 1, "squeeze_excitation": False},
+            (1, 8, 8),
         ),
     ],
     "rae": [
@@ -80,7 +85,7 @@ def test_every_model_keeps_the_protocol(name, options, shape, tmp_path):
         assert context.shape == (5, *layout[k].context)
         z = posterior.draw(Noise(0, "z", k))
         assert z.shape == prior.mean.shape == (5, *layout[k].latent)
-        assert prior.log_prob(z).shape == model.divergence(k, context, posterior).shape == (5,)
+        assert prior.log_prob(z).shape == model.divergence(k, context, posterior, z).shape == (5,)
         assert prior.draw(Noise(0, "p", k), (7,)).shape == (7, 5, *layout[k].latent)
         seen.append(k)
         return z
@@ -178,7 +183,9 @@ def test_every_cycle_of_stage_1_warms_up_to_its_own_rate_and_falls_to_a_hundredt
             TrainOptions(steps=140, batch=1, learning_rate=1.0, restarts=wrong)
 
 
-@pytest.mark.parametrize(("name", "options", "shape"), [case for case in CASES if case[0] in ("nvae", "residual-hvae")])
+@pytest.mark.parametrize(
+    ("name", "options", "shape"), [case for case in CASES if case[0] in ("nvae", "residual-hvae") and "flows" not in case[1]]
+)
 def test_a_posterior_that_adds_nothing_is_the_prior_however_far_out_that_is(name, options, shape):
     """In the residual parameterisation the sum is clamped, once: a mean must not shrink on its way to the posterior."""
     model = make(name, options, shape).eval()
@@ -191,9 +198,7 @@ def test_a_posterior_that_adds_nothing_is_the_prior_however_far_out_that_is(name
             for bias in (tensor for key, tensor in heads.named_parameters() if key.endswith("bias")):
                 bias.fill_(value)
         kl = evidence(model, torch.rand(4, *shape).round(), noise(model)).kl
-    assert (
-        torch.stack(kl).abs().max() < 0.1
-    )  # NVAE adds a hundredth to a sigma over N(0, I), and a clamped twice is far over this
+    assert torch.stack(kl).abs().max() < 1e-4
 
 
 def test_spectral_start_without_spectral_is_refused():

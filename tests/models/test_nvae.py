@@ -4,8 +4,10 @@ import pytest
 import torch
 import yaml
 
+from models.distributions import DiagonalNormal
 from models.layers import NormalisedConv2d
 from models.nvae import NVAE
+from models.nvae_flow import MaskedConv2d, ShiftedNormal, flow
 from models.spectral import SpectralNorms, batch_norm_scales, filters
 from models.trainer import OPTIMIZERS, TrainOptions, evidence, spectral_weight
 from runtime.identity import ROOT
@@ -63,7 +65,29 @@ def test_a_fixed_base_prior_is_the_same_in_every_group():
     for k in range(3):
         prior = model.prior(k, model.start(2))
         assert torch.equal(prior.mean, torch.zeros(2, 2, 4, 4))
-        assert torch.equal(prior.variance, torch.ones(2, 2, 4, 4))
+        assert torch.equal(prior.variance, torch.full((2, 2, 4, 4), 1.01) ** 2)
+
+
+@pytest.mark.parametrize(("groups", "halvings"), [([10], 3), ([2, 2], 2), ([2], 1)])
+def test_mnist_is_padded_however_often_it_is_halved(groups, halvings):
+    model = NVAE(NVAE.Options(groups_per_scale=groups, latent_channels=1, width=2, halvings=halvings, cells=1), (1, 28, 28))
+    assert model.padded == 32
+    assert NVAE(NVAE.Options(groups_per_scale=groups, latent_channels=1, width=2, halvings=1), (1, 8, 8)).padded == 8
+
+
+def test_a_flows_density_is_known_where_it_was_drawn_and_its_shifts_keep_volume():
+    shifts = flow(2, 1).double()
+    for layer in shifts.modules():
+        if isinstance(layer, MaskedConv2d):
+            torch.nn.init.normal_(layer.log_norm)
+    drawn = ShiftedNormal(DiagonalNormal(torch.zeros(1, 2, 3, 3).double(), torch.ones(1, 2, 3, 3).double()), shifts)
+    z = drawn.draw(Noise(0, "t"), (4,))
+    assert drawn.log_prob(z).shape == (4, 1)
+    with pytest.raises(ValueError, match="own last draw"):
+        drawn.log_prob(z.clone())
+    jacobian = torch.autograd.functional.jacobian(lambda x: shifts(x.view(1, 2, 3, 3)).flatten(), torch.randn(18).double())
+    assert torch.linalg.det(jacobian).item() == pytest.approx(1)
+    assert not torch.equal(jacobian, torch.eye(18).double())
 
 
 def test_a_normalised_convolution_keeps_its_function_until_its_norms_move():
