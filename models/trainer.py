@@ -113,7 +113,7 @@ def balance(divergences: Sequence[Tensor], layout: Sequence[Group]) -> Tensor:
     """
     positions = [max(1, torch.Size(group.latent[1:]).numel()) for group in layout]
     alpha = torch.tensor([size / positions.count(size) for size in positions])
-    kl = torch.stack([divergence.detach().abs().mean().cpu() for divergence in divergences]) + 0.01
+    kl = torch.stack([divergence.detach().abs().mean() for divergence in divergences]).cpu() + 0.01
     weights = kl / (alpha / alpha.min()) * kl.sum()
     return weights / weights.mean()
 

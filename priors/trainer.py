@@ -5,7 +5,6 @@ each group's draws have a stream of their own. So a group learns the same whethe
 others, or with all of them, and the VAE is run once per step however many groups there are.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from models.distributions import Distribution
 from models.protocol import posterior_pass
 from priors.protocol import FittedPrior, GroupPrior, Pair, Prior, TrainedPrior
 from runtime import checkpoints
-from runtime.hardware import autocast
+from runtime.hardware import autocast, clock
 from runtime.identity import Identity
 from runtime.progress import Report, silent
 from runtime.randomness import Noise
@@ -119,8 +118,9 @@ def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, d
             found = shared_pass(x, "held-out", part)
             with autocast(options.precision, device.type):
                 parts = [_held_out_loss(slot_of[trainee.name], found, trainee.step) for trainee in active]
+            values = iter(torch.stack([term.double() for terms in parts for term in terms.values()]).tolist())
             for index, terms in enumerate(parts):
-                totals[index] += sum(term.item() for term in terms.values()) * len(x)
+                totals[index] += sum(next(values) for _ in terms) * len(x)
         for trainee in active:
             trainee.module.train()
         return [total / len(validation) for total in totals]
@@ -155,13 +155,11 @@ def _fit(below: Prior, slots: Sequence[Slot], dataset: Dataset, report: Report) 
         if stored is not None:
             checkpoints.restore(slot.prior, stored[0], slot.path)
             continue
-        started = time.monotonic()
+        started = clock()
         if isinstance(slot.prior, FittedPrior):
             codes = _codes(below, slot.k, slot.prior.options, dataset, slot.identity.seed)
             slot.prior.fit(codes, slot.identity.seed)
-        checkpoints.save(
-            slot.path, slot.prior.state_dict(), slot.identity, step=0, seconds=time.monotonic() - started, history=[]
-        )
+        checkpoints.save(slot.path, slot.prior.state_dict(), slot.identity, step=0, seconds=clock() - started, history=[])
         report(done + 1, len(slots), "fitted")
 
 

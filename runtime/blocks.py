@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime import checkpoints
+from runtime import checkpoints, hardware
 from runtime.identity import Identity
 from runtime.progress import Report, silent
 from runtime.training import SAVE_SECONDS
@@ -85,9 +85,9 @@ def timed(compute: Callable[[range], Rows], rows: range, index: int) -> Rows:
     Returns:
         What was computed; under ``seconds`` the time that each row took (rows,), shared evenly; under ``block`` the index.
     """
-    started = _clock()
+    started = hardware.clock()
     part = compute(rows)
-    per_row = (_clock() - started) / len(rows)
+    per_row = (hardware.clock() - started) / len(rows)
     found = {name: value.detach().cpu() for name, value in part.items()}
     found["seconds"] = torch.full((len(rows),), per_row, dtype=torch.float64)
     found["block"] = torch.full((len(rows),), index, dtype=torch.int64)
@@ -115,13 +115,6 @@ def mean_and_error_over_blocks(seconds: Tensor, block: Tensor) -> tuple[float, f
         return mean.item(), math.nan, count
     variance = count / (count - 1) * ((sums - sizes * mean) / len(seconds)).square().sum()
     return mean.item(), variance.sqrt().item(), count
-
-
-def _clock() -> float:
-    """Seconds; where a GPU is in use, read once it is idle, since its calls return before their work is done."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.monotonic()
 
 
 def _stored(found: tuple[Rows, dict[str, Any]] | None) -> Rows | None:

@@ -1,6 +1,7 @@
 """What the machine can do: device, threads, and the precision that pays on it."""
 
 import ctypes
+import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -63,7 +64,19 @@ def keep_freed_memory(keep: bool = True) -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1 if keep else 2**17)
 
 
+def clock() -> float:
+    """Seconds; where a GPU is in use, read once it is idle, since its calls return before their work is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
 def reproducible(threads: int) -> None:
-    """Fix the thread count and forbid nondeterministic kernels: bitwise repeatability on a CPU needs both."""
+    """Fix the thread count and forbid nondeterministic kernels: bitwise repeatability on a CPU needs both.
+
+    What is called fp32 is computed so on a GPU too, where convolutions would round to TF32's 10 bits.
+    """
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())

@@ -221,16 +221,9 @@ class Trainee:
         self.held_out.append([self.step, loss, sum(self.recent) / len(self.recent)])
         self.recent = []
 
-    def update(self, terms: Terms, steps: int) -> float:
-        """One optimiser step on the sum of the terms. Raises NonFiniteLossError. Returns the loss."""
+    def update(self, terms: Terms) -> Tensor:
+        """One optimiser step on the sum of the terms. Returns the loss, which is to be :meth:`noted` before all else."""
         loss = torch.stack([term.float() for term in terms.values()]).sum()
-        value = loss.item()
-        if not math.isfinite(value):
-            broken = ", ".join(name for name, term in terms.items() if not torch.isfinite(term)) or "the sum"
-            raise NonFiniteLossError(
-                f"{self.name}: the loss term {broken} is not finite at step {self.step}; "
-                "lower the learning rate or the gradient clip in params.yaml"
-            )
         factor = 1.0 if self.plateau is None else self.plateau.factor(self.held_out)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.rate(self.step) * factor * parameters.get("scale", 1.0)
@@ -241,15 +234,25 @@ class Trainee:
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.module)
-        self.recent.append(value)
-        if self.step % max(1, steps // HISTORY_POINTS) == 0:
-            self.history.append([self.step, value])
         self.step += 1
         if self.step in self.restarts:
             assert self.average is not None
             self.module.load_state_dict(self.average.module.state_dict())
             self.optimizer.state.clear()
-        return value
+        return loss.detach()
+
+    def noted(self, loss: float, terms: Terms, steps: int) -> None:
+        """Take note of the last step's loss, of ``steps`` in all. Raises NonFiniteLossError, naming the term that broke."""
+        step = self.step - 1
+        if not math.isfinite(loss):
+            broken = ", ".join(name for name, term in terms.items() if not torch.isfinite(term)) or "the sum"
+            raise NonFiniteLossError(
+                f"{self.name}: the loss term {broken} is not finite at step {step}; "
+                "lower the learning rate or the gradient clip in params.yaml"
+            )
+        self.recent.append(loss)
+        if step % max(1, steps // HISTORY_POINTS) == 0:
+            self.history.append([step, loss])
 
     def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
         state: dict[int, dict[str, Tensor]] = {}
@@ -381,12 +384,12 @@ def train(
                 continue
             started = time.monotonic()
             terms = losses(step, active)
+            made = [trainee.update(own) for trainee, own in zip(active, terms, strict=True)]
+            values = torch.stack(made).tolist()  # the one time in a step that a device is waited for
             shared = (time.monotonic() - started) / len(active)
-            values = []
-            for trainee, own in zip(active, terms, strict=True):
-                before = time.monotonic()
-                values.append(trainee.update(own, steps))
-                trainee.seconds += shared + time.monotonic() - before
+            for trainee, own, value in zip(active, terms, values, strict=True):
+                trainee.noted(value, own, steps)
+                trainee.seconds += shared
             if held_out is not None and step + 1 in due:
                 for trainee, loss in zip(active, held_out(active), strict=True):
                     trainee.judge(loss)

@@ -90,7 +90,7 @@ def test_a_training_whose_last_step_diverges_is_not_finished(tmp_path, value, em
     trainee.resume()
     terms = {"loss": module.weight.sum()}
     module.weight.register_hook(lambda gradient: torch.full_like(gradient, value))
-    trainee.update(terms, 1)
+    trainee.update(terms)
     with pytest.raises(UserError, match="numbers in weight are not finite"):
         trainee.finish()
     assert not trainee.path.exists()

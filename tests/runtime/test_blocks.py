@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime import blocks, checkpoints
+from runtime import blocks, checkpoints, hardware
 from runtime.blocks import in_blocks, mean_and_error_over_blocks, partial_path
 from runtime.errors import UserError
 from runtime.identity import Identity
@@ -146,7 +146,8 @@ class Device:
 
     def __init__(self, monkeypatch, in_use):
         self.now, self.queued, self.waits = 0.0, 0.0, 0
-        monkeypatch.setattr(blocks, "time", SimpleNamespace(monotonic=lambda: self.now))
+        for module in (blocks, hardware):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
 

@@ -247,7 +247,7 @@ def test_a_group_of_parameters_may_have_a_learning_rate_of_its_own(tmp_path):
         "a", module, torch.optim.SGD(groups, lr=1.0), lambda step: 0.5, tmp_path / "a.safetensors", Identity("toy", 0, {})
     )
     before = [layer.weight.item() for layer in module]
-    one.update({"sum": module[0].weight.sum() + module[1].weight.sum()}, 1)
+    one.update({"sum": module[0].weight.sum() + module[1].weight.sum()})
     assert [old - layer.weight.item() for old, layer in zip(before, module, strict=True)] == pytest.approx([0.5, 0.05])
 
 
