@@ -16,5 +16,6 @@ def checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_params(tmp_path, tiny())
     (tmp_path / "reports").mkdir()
-    shutil.copy(ROOT / "reports" / "targets.yaml", tmp_path / "reports")
+    for name in ("targets.yaml", "tables.yaml"):
+        shutil.copy(ROOT / "reports" / name, tmp_path / "reports")
     return tmp_path
