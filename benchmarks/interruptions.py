@@ -38,7 +38,8 @@ def workspace(folder: Path) -> Path:
     folder.mkdir()
     write_params(folder, params)
     (folder / "reports").mkdir()
-    shutil.copy(ROOT / "reports" / "targets.yaml", folder / "reports")
+    for name in ("targets.yaml", "tables.yaml"):
+        shutil.copy(ROOT / "reports" / name, folder / "reports")
     return folder
 
 

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pandas as pd
 import yaml
@@ -42,6 +42,7 @@ FEWEST = 4
 Text = Annotated[str, Field(min_length=1)]
 Size = Annotated[int, Field(ge=1)]
 Word = Literal["reproduced", "contradicted", "inconclusive"]
+Standing = Literal["found", "seed", "derived", "recalled"]
 
 
 class Tolerance(Options):
@@ -128,7 +129,7 @@ class Claim(Options):
     statement: Text
     value: float | None = None
     source: Text
-    standing: Literal["found", "seed", "derived", "recalled"]
+    standing: Standing
     experiment: str | None = None
     settings: Annotated[list[str], Field(min_length=2)] | None = None
     subject: Subject | None = None
@@ -203,8 +204,16 @@ class Targets(Options):
 
 def load(path: Path) -> list[Claim]:
     """The claims. Raises UserError with the path of the first wrong key."""
+    return document_of(path, Targets).claims
+
+
+Document = TypeVar("Document", bound=Options)
+
+
+def document_of(path: Path, kind: type[Document]) -> Document:
+    """A file of YAML, validated. Raises UserError with the path of the first wrong key."""
     try:
-        return Targets.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).claims
+        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -299,10 +308,13 @@ def judge(claims: Sequence[Claim], table: pd.DataFrame, stale: Stale | None = No
 
 
 def rows_of(claim: Claim, subject: Subject, table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the table that a claim's subject names; a metric that ends in ``/*`` names all groups."""
-    own = table[
-        table.experiment.isin(claim.experiments) & (table.prior == subject.prior) & (table.sampler == subject.sampler)
-    ]
+    """The rows of the table that a claim's subject names."""
+    return rows_named(table, claim.experiments, subject)
+
+
+def rows_named(table: pd.DataFrame, experiments: Sequence[str], subject: Subject) -> pd.DataFrame:
+    """The rows of some experiments that a subject names; a metric that ends in ``/*`` names all groups."""
+    own = table[table.experiment.isin(experiments) & (table.prior == subject.prior) & (table.sampler == subject.sampler)]
     prefix, star, _ = subject.metric.partition("*")
     own = own[own.metric.str.startswith(prefix) if star else own.metric == subject.metric]
     for size in results.SIZES:
@@ -471,6 +483,14 @@ def with_mark(interval: float, conditional: bool) -> str:
     return f"± {interval:.2g}" + (f" ({ONE_VAE})" if conditional else "")
 
 
+def with_interval(value: float, interval: float, conditional: bool) -> str:
+    """A value to the interval's first two digits, or to three of its own without one; and the interval."""
+    if not interval > 0:
+        return f"{value:.3g}"
+    places = max(0, 1 - math.floor(math.log10(interval)))
+    return f"{value:.{places}f} {with_mark(interval, conditional)}"
+
+
 def _ours(verdict: Verdict) -> tuple[str, str]:
     """Our number, or the range of several; and its interval."""
     signed = verdict.claim.kind in ("ordering", "no-worse")
@@ -497,7 +517,8 @@ def _statement(verdict: Verdict) -> str:
     return f"{verdict.claim.statement} ({'; '.join(notes)})" if notes else verdict.claim.statement
 
 
-def _cells(verdict: Verdict) -> tuple[str, ...]:
+def cells(verdict: Verdict) -> tuple[str, ...]:
+    """What HEADER names: the statement, the paper's number, ours, its interval, and the verdict in words."""
     return _statement(verdict), _paper(verdict.claim), *_ours(verdict), verdict.text
 
 
@@ -508,9 +529,9 @@ def tested_first(verdicts: Sequence[Verdict]) -> list[Verdict]:
 
 def _table(header: Sequence[str], verdicts: Sequence[Verdict]) -> str:
     rows = [
-        (f"{v.claim.paper}: {cells[0]}", *cells[1:-1], cells[-1].removeprefix("context: "))
+        (f"{v.claim.paper}: {first}", *others, last.removeprefix("context: "))
         for v in verdicts
-        for cells in [_cells(v)]
+        for first, *others, last in [cells(v)]
     ]
     table = "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *rows])
     marked = any(number.conditional and number.interval is not None for v in verdicts for number in v.numbers)
@@ -531,7 +552,11 @@ def document(verdicts: Sequence[Verdict]) -> str:
         "beaten.\n",
         markdown(verdicts),
         "## Margins\n",
-        "".join(f"- {_margin(verdict.claim)}\n" for verdict in verdicts if verdict.claim.tested),
+        "".join(
+            f"- `{claim.id}` ({claim.kind}): {how_judged(claim)}\n"
+            for claim in (verdict.claim for verdict in verdicts)
+            if claim.tested
+        ),
     ]
     context = [verdict for verdict in verdicts if verdict.claim.kind == "context"]
     if context:
@@ -540,8 +565,8 @@ def document(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(parts)
 
 
-def _margin(claim: Claim) -> str:
-    """How a claim is judged, why so, and since when."""
+def how_judged(claim: Claim) -> str:
+    """By which margin, why so, and since when."""
     if claim.tolerance is not None:
         how = f"margin {claim.tolerance.value:g}: {claim.tolerance.reason}"
     elif claim.kind == "correlation":
@@ -553,7 +578,7 @@ def _margin(claim: Claim) -> str:
     after = (
         "" if criterion is None or criterion.after_result is None else f" Newer than the result: {criterion.after_result}."
     )
-    return f"`{claim.id}` ({claim.kind}): {how}.{since}{after}"
+    return f"{how}.{since}{after}"
 
 
 def console(verdicts: Sequence[Verdict]) -> Any:
@@ -563,6 +588,6 @@ def console(verdicts: Sequence[Verdict]) -> Any:
     table = Table(*HEADER, title="The papers' claims", show_lines=False)
     for verdict in tested_first(verdicts):
         style = "red" if verdict.failed else "green" if verdict.tested else "dim"
-        first, *rest = _cells(verdict)
+        first, *rest = cells(verdict)
         table.add_row(f"{verdict.claim.paper}: {first}", *rest, style=style)
     return table

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -48,36 +49,65 @@ def _targets(table: pd.DataFrame, judged: Sequence[claims.Claim]) -> pd.Series:
     return target
 
 
+@dataclass(frozen=True)
+class Grid:
+    """A table as it is shown: its ``rows`` of texts under a ``header``, and what is said ``before`` and ``after`` it."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    before: str = ""
+    after: tuple[str, ...] = ()
+
+    def markdown(self) -> Iterator[str]:
+        """Its lines."""
+        if self.before:
+            yield f"{self.before}\n"
+        yield f"| {' | '.join(self.header)} |\n|" + " --- |" * len(self.header)
+        yield from (f"| {' | '.join(row)} |" for row in self.rows)
+        yield ""
+        yield from (f"{sentence}\n" for sentence in self.after)
+
+
 def tables(frame: pd.DataFrame) -> Iterator[str]:
     """Markdown: per experiment, every metric of every prior and sampler, mean over seeds and 95 % interval."""
     for (experiment, dataset, model), own in frame.groupby(["experiment", "dataset", "model"]):
-        yield f"## {experiment}\n\nData set {dataset}, model {model} (decoder after the slash), {_seeds(own)}.\n"
-        truth = spec(str(dataset)).truth
-        if truth is not None:
-            yield f"The truth's own expected log-likelihood, which no model exceeds, is {truth.ceiling:.3f} nats.\n"
-        for sentence in (*_optimism(own), *_unfinished(own)):
-            yield f"{sentence}\n"
+        yield f"## {experiment}\n\nData set {dataset}, model {model} (decoder after the slash), {seeds(own)}.\n"
+        yield from (f"{sentence}\n" for sentence in remarks(own))
         if own.conditional.any():
             yield claims.ABOUT_ONE_VAE
-        yield from _methods(own)
-        yield from _over_samples(own)
-        shown = results.headline(own[own.metric.str.fullmatch(SHOWN)])
-        yield "| metric | prior | sampler | S | N | M | mean | 95 % interval | unit | n |\n|" + " --- |" * 10
-        for row in shown.sort_values(["metric", "prior", "sampler", "proposals"]).to_dict("records"):
-            names = [row[name] or "" for name in ("metric", "prior", "sampler", *results.SIZES)]
-            interval = claims.with_mark(row["interval"], row["conditional"])
-            cells = (*names, f"{row['value']:.4g}", interval, results.metric(row["metric"]).unit, row["n"])
-            yield f"| {' | '.join(map(str, cells))} |"
-        yield ""
+        for grid in (methods(own), over_samples(own), numbers(own)):
+            if grid is not None:
+                yield from grid.markdown()
 
 
-def _seeds(frame: pd.DataFrame) -> str:
+def remarks(frame: pd.DataFrame) -> Iterator[str]:
+    """What is to be known of an experiment's numbers, before they are read."""
+    truth = spec(str(frame.dataset.iloc[0])).truth
+    if truth is not None:
+        yield f"The truth's own expected log-likelihood, which no model exceeds, is {truth.ceiling:.3f} nats."
+    yield from _optimism(frame)
+    yield from _unfinished(frame)
+
+
+def numbers(frame: pd.DataFrame) -> Grid:
+    """Every number of an experiment that is shown, at the largest S and N."""
+    shown = results.headline(frame[frame.metric.str.fullmatch(SHOWN)])
+    rows = []
+    for row in shown.sort_values(["metric", "prior", "sampler", "proposals"]).to_dict("records"):
+        names = [row[name] or "" for name in ("metric", "prior", "sampler", *results.SIZES)]
+        interval = claims.with_mark(row["interval"], row["conditional"])
+        cells = (*names, f"{row['value']:.4g}", interval, results.metric(row["metric"]).unit, row["n"])
+        rows.append(tuple(map(str, cells)))
+    return Grid(("metric", "prior", "sampler", "S", "N", "M", "mean", "95 % interval", "unit", "n"), tuple(rows))
+
+
+def seeds(frame: pd.DataFrame) -> str:
     """How many seeds there are, and of how many VAEs."""
     measured = frame[frame.prior != results.DATA]
-    seeds, vaes = measured.seeds.max(), measured.vaes.max()
-    if seeds == vaes:
-        return f"{seeds} seeds, each with its own VAE" if seeds > 1 else "one seed"
-    return f"{seeds} seeds on {vaes} VAE{'s' if vaes > 1 else ''}"
+    count, vaes = measured.seeds.max(), measured.vaes.max()
+    if count == vaes:
+        return f"{count} seeds, each with its own VAE" if count > 1 else "one seed"
+    return f"{count} seeds on {vaes} VAE{'s' if vaes > 1 else ''}"
 
 
 def _optimism(frame: pd.DataFrame) -> Iterator[str]:
@@ -102,65 +132,61 @@ def _unfinished(frame: pd.DataFrame) -> Iterator[str]:
         yield f"Still improving when the budget of their training ended, in one seed at least: {named}."
 
 
-def _over_samples(frame: pd.DataFrame) -> Iterator[str]:
-    """Markdown: every prior's gain by the number of importance samples, at the largest M that all of them have."""
+def over_samples(frame: pd.DataFrame) -> Grid | None:
+    """Every prior's gain by the number of importance samples, at the largest M that all of them have."""
     gains = results.gains_over_samples(frame)
     if gains.empty:
-        return
+        return None
     counts = sorted(gains.samples.unique())
-    yield "Gain over the base in nats, by the number S of importance samples an example:\n"
-    yield f"| prior | M | {' | '.join(map(str, counts))} |"
-    yield "|" + " --- |" * (len(counts) + 2)
+    rows = []
     for (prior, proposals), own in gains.groupby(["prior", "proposals"]):
         found = own.set_index("samples")
         cells = [
-            _with_interval(found.value[count], found.interval[count], found.conditional[count])
+            claims.with_interval(found.value[count], found.interval[count], found.conditional[count])
             if count in found.index
             else ""
             for count in counts
         ]
-        yield f"| {prior} | {proposals or ''} | {' | '.join(cells)} |"
-    yield ""
+        rows.append((str(prior), str(proposals or ""), *cells))
+    before = "Gain over the base in nats, by the number S of importance samples an example:"
+    return Grid(("prior", "M", *map(str, counts)), tuple(rows), before)
 
 
-def _methods(frame: pd.DataFrame) -> Iterator[str]:
-    """Markdown: every prior by every sampler, what it costs and what it gives."""
+def methods(frame: pd.DataFrame) -> Grid | None:
+    """Every prior by every sampler, what it costs and what it gives."""
     table = results.methods(frame)
     if table.empty:
-        return
+        return None
     likelihoods = ["loglik", "loglik-plugin", "loglik-sampler", "loglik-gain"]
     shown = [*likelihoods, *table.attrs["qualities"], "seconds-per-image", "proposals-per-image", "train-seconds"]
-    yield f"| prior | sampler | M | {' | '.join(shown)} | ess-fraction | mmd2 |\n|{' --- |' * (len(shown) + 5)}"
     marked = {*likelihoods, *table.attrs["qualities"]}
+    rows = []
     for row in table.to_dict("records"):
         cells = [
             ""
             if math.isnan(row[name])
-            else _with_interval(row[name], row[f"{name} interval"], row[f"{name} conditional"] and name in marked)
+            else claims.with_interval(row[name], row[f"{name} interval"], row[f"{name} conditional"] and name in marked)
             for name in shown
         ]
         cells += [f"{row[name]:.3g}" for name in ("ess-fraction", "mmd2")]
-        yield f"| {row['prior']} | {row['sampler']} | {row['proposals'] or ''} | {' | '.join(cells)} |"
+        rows.append((row["prior"], row["sampler"], str(row["proposals"] or ""), *cells))
+    header = ("prior", "sampler", "M", *shown, "ess-fraction", "mmd2")
+    return Grid(header, tuple(rows), after=tuple(_about_methods(frame)))
+
+
+def _about_methods(frame: pd.DataFrame) -> Iterator[str]:
     yield (
-        "\nM is the number of SIR's proposals, of what is drawn and of the bound. ESS as a fraction, and squared MMD, are "
-        "means over the groups; log-likelihoods are in nats, times in seconds.\n"
+        "M is the number of SIR's proposals, of what is drawn and of the bound. ESS as a fraction, and squared MMD, are "
+        "means over the groups; log-likelihoods are in nats, times in seconds."
     )
     found = results.headline(frame[frame.metric.isin(["loglik", "loglik-plugin"]) & (frame.samples > 0)])
     measured = found.groupby(["samples", "n"]).prior
     ways = [f"{', '.join(priors.unique())} with S = {samples} on {n} examples" for (samples, n), priors in measured]
     if len(ways) > 1:
-        yield f"Log-likelihoods were measured of {'; of '.join(ways)}: compare those by their gains, which are paired.\n"
+        yield f"Log-likelihoods were measured of {'; of '.join(ways)}: compare those by their gains, which are paired."
     elif ways:
         samples, n = found[["samples", "n"]].iloc[0]
-        yield f"Log-likelihoods were measured with S = {samples} importance samples on {n} examples.\n"
-
-
-def _with_interval(value: float, interval: float, conditional: bool) -> str:
-    """To the interval's first two digits, or to three of a value without one."""
-    if not interval > 0:
-        return f"{value:.3g}"
-    places = max(0, 1 - math.floor(math.log10(interval)))
-    return f"{value:.{places}f} {claims.with_mark(interval, conditional)}"
+        yield f"Log-likelihoods were measured with S = {samples} importance samples on {n} examples."
 
 
 def write(workspace: Workspace, table: pd.DataFrame, verdicts: Sequence[claims.Verdict]) -> list[Path]:

@@ -259,18 +259,23 @@ class Pipeline:
     def report(self) -> list[Path]:
         """Gather the results, judge the claims, draw the figures. Returns the files written."""
         from pipelines import figures
+        from pipelines.reporting import page, published
 
         config, raw, judged = self.config, read(self.workspace.params), claims.load(self.workspace.targets)
         folder = self.workspace.reports / "figures"
-        require_writable(self.workspace.reports, folder)
+        require_writable(self.workspace.reports, self.workspace.reports / "pages", folder)
+        tables = published.load(self.workspace.tables)
         table = report.gather(self.workspace, config, judged)
-        written = report.write(self.workspace, table, self._judge(config, judged, table))
+        verdicts = self._judge(config, judged, table)
+        written = report.write(self.workspace, table, verdicts)
         bases = [name for name, experiment in config.experiments.items() if experiment.trained_in is None]
-        written += figures.of_results(results.over_seeds(table), folder, bases)
+        frame = results.over_seeds(table)
+        written += figures.of_results(frame, folder, bases)
         for name, experiment in config.experiments.items():
             written += figures.of_artifacts(Stored(Recipe(raw, name, experiment.seeds[0], self.root)), folder)
         figures.remove_stale(folder, written, config)
-        return written
+        reader = published.Reader(table, self._stale(config))
+        return written + page.Report(self.workspace, config, table, frame, verdicts, tables, reader).write()
 
     def verdicts(self) -> list[claims.Verdict]:
         """The papers' claims held against the results table, its rows against params.yaml and the code."""
@@ -279,8 +284,12 @@ class Pipeline:
 
     @staticmethod
     def _judge(config: Config, judged: Sequence[claims.Claim], table: pd.DataFrame) -> list[claims.Verdict]:
-        stale = partial(results.stale_rows, expected=fingerprints.expected(config))
-        return claims.judge(judged, table, stale)
+        return claims.judge(judged, table, Pipeline._stale(config))
+
+    @staticmethod
+    def _stale(config: Config) -> claims.Stale:
+        """What has changed since rows were measured."""
+        return partial(results.stale_rows, expected=fingerprints.expected(config))
 
 
 def _prune(workspace: Workspace, folder: Path, levels: Sequence[Collection[str]]) -> None:

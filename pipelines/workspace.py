@@ -36,6 +36,11 @@ class Workspace:
         return self.reports / "targets.yaml"
 
     @property
+    def tables(self) -> Path:
+        """The papers' tables, and the report's first words."""
+        return self.reports / "tables.yaml"
+
+    @property
     def locks(self) -> Path:
         """Locks of the outputs being written."""
         return self.root / "artifacts" / ".locks"

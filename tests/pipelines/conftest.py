@@ -25,7 +25,8 @@ def shared(tmp_path_factory, name, make):
 def furnish(folder):
     write_params(folder, tiny())
     (folder / "reports").mkdir()
-    shutil.copy(ROOT / "reports" / "targets.yaml", folder / "reports")
+    for name in ("targets.yaml", "tables.yaml"):
+        shutil.copy(ROOT / "reports" / name, folder / "reports")
 
 
 @pytest.fixture(scope="session")

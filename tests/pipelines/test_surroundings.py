@@ -74,7 +74,8 @@ def finished(tmp_path_factory):
     params["experiments"], params["run"] = {"flat": flat}, ["flat"]
     write_params(folder, params)
     (folder / "reports").mkdir()
-    shutil.copy(ROOT / "reports" / "targets.yaml", folder / "reports")
+    for name in ("targets.yaml", "tables.yaml"):
+        shutil.copy(ROOT / "reports" / name, folder / "reports")
     pipeline = Pipeline(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages.tracking, "record", lambda *_: None)
