@@ -1,5 +1,6 @@
 """A VAE that was trained elsewhere takes the place of an experiment's own."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,5 +51,7 @@ def import_nvae(recipe: Recipe, checkpoint: Path) -> Path:
 
 
 def imported(path: Path) -> dict[str, Any]:
-    """Where a trained VAE was imported from; nothing if it was trained here. Raises UserError if the file is corrupt."""
-    return checkpoints.load_document(path, "the command that made it").get("imported", {})
+    """Where a trained VAE was imported from; nothing if it was trained here, is absent, or is no file that can be used."""
+    with suppress(UserError):
+        return checkpoints.load_document(path, "").get("imported", {})
+    return {}

@@ -36,7 +36,7 @@ def vae_task(report: Report, recipe: Recipe) -> dict[str, Any]:
     workspace, name, seed, stored = recipe.workspace, recipe.name, recipe.vae_seed, Stored(recipe)
     with exclusive(workspace.locks, f"{name}/vae/seed-{seed}"):
         path, options = workspace.vae(name, seed), recipe.experiment.train
-        if path.exists() and imported(path):  # by whatever code: nothing here could make it anew
+        if imported(path):  # by whatever code: nothing here could make it anew
             return stored.vae_document
         model = stored.new_vae().to(hardware.device())
         return train_vae(model, stored.dataset, options, path, stored.identities.vae(), report)

@@ -286,19 +286,11 @@ def test_the_committed_values_are_those_that_dvc_reads():
 
 OVERRIDES = [
     ("experiments.gaussians25.train.steps", 10),
-    ("experiments.gaussians25.model.width", 8),
-    ("experiments.gaussians25.priors.ncp.network.width", 4),
     ("experiments.gaussians25.priors.normal.samplers", ["ancestral", "langevin"]),
     ("experiments.gaussians25.evaluate.likelihood.proposals", [5]),
-    ("experiments.gaussians25-20d.train.learning_rate", 1e-05),
-    ("experiments.gaussians25-20d.samplers.sir-5.proposals", 6),
     ("experiments.gaussians25-20d.priors.ncp.steps", 11),
-    ("experiments.gaussians25-20d.dataset", "digits"),
-    ("experiments.digits-nvae.train.steps", 12),
-    ("experiments.digits-nvae.sample.images", 8),
     ("experiments.digits-nvae.priors.ncp.network.depth", 2),
     ("experiments.mnist-nvae-lite-2000.train.steps", 7),
-    ("experiments.mnist-nvae-lite.train.batch", 7),
     ("run", ["gaussians25"]),
 ]
 
