@@ -1,26 +1,28 @@
 """Parameters of the papers' models at full width, counted without memory for them."""
 
 import torch
+import yaml
 
+from datasets.registry import spec
 from models.nvae import NVAE
+from runtime.identity import ROOT
 
-MODELS = {
-    "MNIST, 10 groups of 4x4": ({"groups_per_scale": [10], "width": 32, "halvings": 3, "outer_cells": 3}, (1, 28, 28)),
-    "CIFAR-10, 30 groups of 16x16": ({"groups_per_scale": [30], "width": 128, "halvings": 1}, (3, 32, 32)),
-    "CelebA-64, 3 x 5 groups": ({"groups_per_scale": [5] * 3, "width": 48, "halvings": 1}, (3, 64, 64)),
-    "CelebA-HQ-256, 5 x 4 groups": ({"groups_per_scale": [4] * 5, "width": 32, "halvings": 1}, (3, 256, 256)),
-}
+NAMES = (
+    "mnist-nvae",
+    *(f"{data}-nvae{kind}" for data in ("cifar10", "celeba64", "celebahq256") for kind in ("", "-mixture")),
+)
 
 
 def main() -> None:
     """Print a line per model."""
-    for name, (settings, shape) in MODELS.items():
-        likelihood = "bernoulli" if shape[0] == 1 else "pixel-normal"
+    experiments = yaml.safe_load((ROOT / "params.yaml").read_text())["experiments"]
+    for name in NAMES:
+        settings = {key: value for key, value in experiments[name]["model"].items() if key != "name"}
         with torch.device("meta"):
-            vae = NVAE(NVAE.Options(latent_channels=20, likelihood=likelihood, **settings), shape)
+            vae = NVAE(NVAE.Options(**settings), spec(experiments[name]["dataset"]).shape)
         latents = sum(torch.Size(group.latent).numel() for group in vae.layout())
         count = sum(parameter.numel() for parameter in vae.parameters())
-        print(f"{name:32s} {count / 1e6:7.1f} M parameters, {latents:7d} latent variables in {vae.groups} groups")
+        print(f"{name:24s} {count / 1e6:7.1f} M parameters, {latents:7d} latent variables in {vae.groups} groups")
 
 
 if __name__ == "__main__":

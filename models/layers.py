@@ -23,7 +23,7 @@ class NormalisedConv2d(nn.Conv2d):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.log_norm = nn.Parameter((_norms(self.weight.detach()) + 1e-2).log())
+        self.log_norm = nn.Parameter((norms(self.weight.detach()) + 1e-2).log())
 
     @property
     def effective_weight(self) -> Tensor:
@@ -31,14 +31,14 @@ class NormalisedConv2d(nn.Conv2d):
         return self._normalised(self.weight)
 
     def _normalised(self, filters: Tensor) -> Tensor:
-        return filters * (self.log_norm.exp() / (_norms(filters) + 1e-5))[:, None, None, None]
+        return filters * (self.log_norm.exp() / (norms(filters) + 1e-5))[:, None, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve."""
         return functional.conv2d(x, self.effective_weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-def _norms(filters: Tensor) -> Tensor:
+def norms(filters: Tensor) -> Tensor:
     """Of filters (out, in, kernel, kernel): (out,)."""
     return torch.linalg.vector_norm(filters, dim=(1, 2, 3))
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from models.distributions import DiagonalNormal
-from models.layers import NormalisedConv2d
+from models.layers import NormalisedConv2d, norms
 from runtime.randomness import Noise
 
 EXPANSION = 6
@@ -29,8 +29,7 @@ class MaskedConv2d(NormalisedConv2d):
         mask[:, :, middle, middle] = centre.to(mask)
         self.register_buffer("mask", mask.flip(2, 3) if flipped else mask, persistent=False)
         with torch.no_grad():
-            norms = torch.linalg.vector_norm(self.weight * self.mask, dim=(1, 2, 3))
-            self.log_norm.copy_((norms + 1e-2).log())
+            self.log_norm.copy_((norms(self.weight * self.mask) + 1e-2).log())
 
     @property
     def effective_weight(self) -> Tensor:

@@ -59,10 +59,19 @@ def check(name: str, experiment: Experiment) -> None:
             if last >= model.groups:
                 key = f"params.yaml: experiments.{name}.priors.{prior}.groups"
                 raise UserError(f"{key}: {last} is too many; the model has groups 0 to {model.groups - 1}")
+            tried = set()
             for group in layout:
-                with _named(f"experiments.{name}.priors.{prior}"):
-                    method = PRIORS[options.method] if group.k in (options.groups or [group.k]) else GroupPrior
-                    _try(method, options, group)
+                method = PRIORS[options.method] if group.k in (options.groups or [group.k]) else GroupPrior
+                kind = (
+                    method,
+                    group.k == 0,
+                    group.latent,
+                    group.context,
+                )  # a group is built by its shapes, the first by itself
+                if kind not in tried:
+                    with _named(f"experiments.{name}.priors.{prior}"):
+                        _try(method, options, group)
+                tried.add(kind)
 
 
 def check_batches(name: str, experiment: Experiment, dataset: Dataset) -> None:

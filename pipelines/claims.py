@@ -71,9 +71,18 @@ class Criterion(Options):
         return self
 
 
+class Draw(Options):
+    """A prior and what draws from it."""
+
+    prior: str
+    sampler: str = ""
+
+
 class Subject(Options):
     """What a claim is about, or what it is compared with: rows of the results table.
 
+    ``experiment``: whose, if not the claim's. ``less``: what the number is the difference from, seed by seed: the same
+    metric of another draw in the same experiment.
     ``samples``, ``normaliser`` and ``proposals`` are S, N and M; S and N are the largest measured if absent. The bound for
     SIR is a likelihood's, of no sampler: it is named by M alone.
     """
@@ -81,6 +90,8 @@ class Subject(Options):
     prior: str
     sampler: str = ""
     metric: str
+    experiment: str | None = None
+    less: Draw | None = None
     samples: Size | None = None
     normaliser: Size | None = None
     proposals: Size | None = None
@@ -93,6 +104,11 @@ class Subject(Options):
         except UserError as error:
             raise ValueError(str(error)) from None
         return name
+
+    @property
+    def reference(self) -> "Subject | None":
+        """What the number is the difference from; None if it is no difference."""
+        return None if self.less is None else self.model_copy(update=self.less.model_dump() | {"less": None})
 
     @model_validator(mode="after")
     def _named_by_size(self) -> "Subject":
@@ -148,6 +164,12 @@ class Claim(Options):
     def experiments(self) -> list[str]:
         """The experiments that test it."""
         return self.settings or [str(self.experiment)]
+
+    @property
+    def named(self) -> list[Subject]:
+        """All that it names rows of."""
+        given = [subject for subject in (self.subject, self.against) if subject is not None]
+        return [*given, *(subject.reference for subject in given if subject.reference is not None)]
 
     @property
     def tested(self) -> bool:
@@ -309,7 +331,8 @@ def judge(claims: Sequence[Claim], table: pd.DataFrame, stale: Stale | None = No
 
 def rows_of(claim: Claim, subject: Subject, table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the table that a claim's subject names."""
-    return rows_named(table, claim.experiments, subject)
+    names = claim.experiments if subject.experiment is None else [subject.experiment]
+    return rows_named(table, names, subject)
 
 
 def rows_named(table: pd.DataFrame, experiments: Sequence[str], subject: Subject) -> pd.DataFrame:
@@ -324,17 +347,35 @@ def rows_named(table: pd.DataFrame, experiments: Sequence[str], subject: Subject
     return results.headline(own)
 
 
+def _numbers_of(claim: Claim, subject: Subject, table: pd.DataFrame) -> pd.DataFrame:
+    """The same rows, their values less those of the draw that the subject's number is the difference from, if it is one."""
+    rows = rows_of(claim, subject, table)
+    if subject.reference is None:
+        return rows
+    other = rows_of(claim, subject.reference, table)
+    keys = ["experiment", "metric", "seed", "vae_seed"]
+    both = rows.reset_index().merge(
+        other[[*keys, "value", "stderr"]], on=keys, suffixes=("", "_less"), validate="one_to_one"
+    )
+    both = both.assign(value=both.value - both.value_less, stderr=both.stderr.combine(both.stderr_less, math.hypot))
+    return both.set_index("index")[rows.columns]
+
+
 def _judge(claim: Claim, table: pd.DataFrame, stale: Stale | None) -> Verdict:
     if claim.untested is not None or claim.subject is None:
         return Verdict(claim, "untested", claim.untested or "")
     subjects = [subject for subject in (claim.subject, claim.against) if subject is not None]
-    rows = [rows_of(claim, subject, table) for subject in subjects]
-    missing = [name for name in claim.experiments if any((found.experiment != name).all() for found in rows)]
+    # Rows of another experiment are held against each of the claim's own.
+    rows = [_numbers_of(claim, subject, table) for subject in subjects]
+    wanted = [claim.experiments if subject.experiment is None else [subject.experiment] for subject in subjects]
+    pairs = [(name, found) for names, found in zip(wanted, rows, strict=True) for name in names]
+    missing = list(dict.fromkeys(name for name, found in pairs if (found.experiment != name).all()))
     if missing:
         names = ", ".join(missing)
         run = f"run the stages of {names}, then priorhole report"
         return Verdict(claim, "untested", f"results.csv has no such row of {names}; {run}")
-    changed = pd.concat(rows).assign(stale=lambda own: "" if stale is None else stale(own))
+    named = pd.concat([rows_of(claim, subject, table) for subject in claim.named])
+    changed = named.assign(stale=lambda own: "" if stale is None else stale(own))
     other = changed[changed.stale == "configuration"].experiment.unique()
     if len(other):
         run = "; ".join(f"priorhole evaluate {name}" for name in other)
@@ -342,7 +383,10 @@ def _judge(claim: Claim, table: pd.DataFrame, stale: Stale | None) -> Verdict:
     earlier = changed[changed.stale == "code"].experiment.unique()
     numbers = []
     for name in claim.experiments:
-        own = [found[found.experiment == name] for found in rows]
+        own = [
+            found if subject.experiment else found[found.experiment == name]
+            for subject, found in zip(subjects, rows, strict=True)
+        ]
         number = _number(claim, name, own)
         if number is None:
             return Verdict(claim, "untested", f"{name} has too few groups for a rank correlation; it takes {FEWEST}")

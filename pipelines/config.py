@@ -20,7 +20,7 @@ from priors.protocol import GroupPrior
 from priors.registry import PRIORS, SAMPLERS
 from priors.sampling import Decoding
 from runtime.errors import UserError
-from runtime.options import Options
+from runtime.options import Options, unless
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what scikit-learn takes
@@ -40,8 +40,12 @@ LARGEST = {
     "checks": 100_000,
     "codes": 10**7,
     "components": 10_000,
+    "decoder_cells": 100,
+    "decoder_outer_cells": 100,
+    "decoder_width": 2**16,
     "depth": 100,
     "expansion": 100,
+    "flows": 100,
     "groups_per_scale": 100,  # a group's number has two digits in the names of files and metrics
     "halvings": 10,
     "images": 10**7,
@@ -118,7 +122,8 @@ class SampleOptions(Options):
     """How samples are drawn.
 
     ``images``: how many with every prior and sampler; ``batch``: at a time; ``decoding``: mean or sample. ``temperature``:
-    scales the standard deviations of the base priors; numbers are to be compared at 1. ``readjust``: passes of sampling from
+    scales the standard deviations of the base priors, and the decoder's spread unless ``tempered`` says ``priors`` alone, as
+    NVAE's published samples have it; numbers are to be compared at 1. ``readjust``: passes of sampling from
     which the batch norms' statistics are gathered anew. ``pixels``: how images are kept, and so how FID sees them: rounded
     to 8 bits, as FIDs of image files are, or as floats. ``rows_per_file``: rows that one file holds, rounded up to whole
     batches (of these and of the feature network's 100): the work that a kill can cost.
@@ -128,6 +133,7 @@ class SampleOptions(Options):
     batch: Count
     decoding: Decoding
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    tempered: Annotated[Literal["priors", "priors+decoder"], unless("priors+decoder")] = "priors+decoder"
     readjust: Annotated[int, Field(ge=0)] = 0
     pixels: Pixels = "uint8"
     rows_per_file: Count = 2000
@@ -194,6 +200,11 @@ class Experiment(Options):
                 f"evaluate.features: own is a classifier, and {self.dataset} has no classes; name another network"
             )
         _check_set("evaluate.features", self.evaluate.networks)
+        shown_bits, bits = (8 if self.shown is None else self.shown.bits), getattr(self.model, "bits", 8)
+        if self.model.likelihood == "logistic-mixture" and bits != shown_bits:
+            raise ValueError(
+                f"model.likelihood: a mixture of {bits} bits does not fit images of {shown_bits}; change either"
+            )
         if self.train.spectral and not MODELS[self.model.name].convolutional:
             raise ValueError(f"train.spectral: {self.model.name} has no convolutions to keep smooth; leave it out")
         if self.evaluate.networks and self.sample.images < 4:

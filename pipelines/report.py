@@ -42,8 +42,8 @@ def _targets(table: pd.DataFrame, judged: Sequence[claims.Claim]) -> pd.Series:
     """The ids of the claims that each row is held against."""
     target = pd.Series("", index=table.index)
     for claim in judged:
-        for subject in (claim.subject, claim.against):
-            if subject is not None and claim.untested is None:
+        for subject in claim.named:
+            if claim.untested is None:
                 rows = claims.rows_of(claim, subject, table).index
                 target[rows] = (target[rows] + " " + claim.id).str.strip()
     return target

@@ -65,7 +65,8 @@ def sample_task(report: Report, recipe: Recipe, prior: str, sampler: str) -> dic
     options = recipe.experiment.samplers[sampler]
     with exclusive(workspace.locks, f"{name}/samples/{prior}+{sampler}/seed-{seed}"):
         settings, drawing = recipe.experiment.sample, SAMPLERS[options.method](options)
-        model = stored.vae if settings.temperature == 1 else Tempered(stored.vae, settings.temperature)
+        cold = settings.temperature != 1
+        model = Tempered(stored.vae, settings.temperature, settings.tempered != "priors") if cold else stored.vae
         if settings.readjust:
             passes, batch = settings.readjust, settings.batch
             model = readjusted(model, lambda variant: stored.prior(prior, variant), drawing, passes, batch, seed)

@@ -463,7 +463,8 @@ PLANNED = r"(celeba64|cifar10|celebahq256)-(vae|rae|nvae)"
 @pytest.mark.parametrize("one", TARGETS, ids=lambda one: one.id)
 def test_every_claim_is_of_an_experiment_that_is_there_or_says_that_it_waits_for_it(one):
     experiments = yaml.safe_load((ROOT / "params.yaml").read_text())["experiments"]
-    for name in set(one.experiments) - set(experiments):
+    others = {subject.experiment for subject in one.named if subject.experiment is not None}
+    for name in {*one.experiments, *others} - set(experiments):
         assert re.fullmatch(PLANNED, name)
         assert one.untested
 
@@ -472,8 +473,8 @@ def test_every_claim_is_of_an_experiment_that_is_there_or_says_that_it_waits_for
 def test_every_claim_with_a_subject_names_what_params_yaml_measures(one):
     experiments = yaml.safe_load((ROOT / "params.yaml").read_text())["experiments"]
     for name in one.experiments:
-        experiment = experiments[name]
-        for subject in filter(None, (one.subject, one.against)):
+        for subject in one.named:
+            experiment = experiments[subject.experiment or name]
             assert subject.sampler in ("", *experiment["priors"][subject.prior]["samplers"])
             if subject.metric.startswith("loglik") and subject.proposals is not None:
                 assert subject.proposals in experiment["evaluate"]["likelihood"]["proposals"]
@@ -500,11 +501,25 @@ def test_a_criterion_is_older_than_the_result_it_judges_unless_it_says_so(one):
             old, new = old["value"], new["value"]
         assert old == new, key
     table = results.read(ROOT / "reports" / "results.csv", "")
-    subjects = [subject for subject in (one.subject, one.against) if subject is not None]
-    judged_rows = pd.concat([claims.rows_of(one, subject, table) for subject in subjects])
+    judged_rows = pd.concat([claims.rows_of(one, subject, table) for subject in one.named])
     for revision in judged_rows.revision.unique():
         measured = revision.removesuffix("-dirty")
         assert git("merge-base", "--is-ancestor", one.criterion.committed, measured).returncode == 0, measured
+
+
+def test_a_gain_is_held_against_that_of_another_experiment():
+    fid = "fid-efficientnet-lite0-30"
+    subject = {"prior": "ncp", "sampler": "sir", "metric": fid, "less": {"prior": "normal", "sampler": "ancestral"}}
+    one = claim(**ORDERING | {"subject": subject, "against": subject | {"experiment": "flat"}, "direction": "lower"})
+    base = {"prior": "normal", "sampler": "ancestral"}
+    deep = [rows(fid, 60.0, 62.0, sampler="sir"), rows(fid, 100.0, 101.0, **base)]
+    flat = [
+        rows(fid, 80.0, 81.0, sampler="sir", experiment="flat"),
+        rows(fid, 90.0, 91.0, experiment="flat", **base),
+    ]
+    found = verdict(one, *deep, *flat)
+    assert (found.word, found.numbers[0].value) == ("reproduced", pytest.approx(-29.5))
+    assert "no such row of flat" in verdict(one, *deep, flat[0]).reason
 
 
 def test_neither_the_table_nor_the_claims_import_torch():

@@ -193,6 +193,16 @@ def test_bernoulli_does_not_fit_levels():
         validate(found)
 
 
+def test_a_mixtures_levels_are_those_of_the_images():
+    found = params()
+    model = {"name": "nvae", "groups_per_scale": [2], "latent_channels": 1, "width": 4, "halvings": 1}
+    found["experiments"]["faces"]["model"] = model | {"likelihood": "logistic-mixture"}
+    with pytest.raises(UserError, match="a mixture of 8 bits does not fit images of 5; change either"):
+        validate(found)
+    found["experiments"]["faces"]["model"]["bits"] = 5
+    validate(found)
+
+
 def test_the_readmes_settings_of_images_are_valid():
     readme = (ROOT / "README.md").read_text()
     shown = yaml.safe_load(re.search(r"```yaml\n(dataset: .*?)```", readme, re.DOTALL)[1])

@@ -142,6 +142,7 @@ def test_a_temperature_narrows_the_base_and_leaves_the_ratio(tmp_path):
     z = torch.randn(3, 2)
     assert torch.equal(cold.decode(z).mean, model.decode(z).mean)
     assert torch.allclose(cold.decode(z).variance, 0.25 * model.decode(z).variance)
+    assert torch.equal(Tempered(model, 0.5, decoder=False).decode(z).variance, model.decode(z).variance)
     assert torch.equal(cold.posterior(0, context, cold.encode(z)).mean, model.posterior(0, context, model.encode(z)).mean)
 
 
