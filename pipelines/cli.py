@@ -31,7 +31,9 @@ Shards = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_SHARDS", help=SHAR
 Images = Annotated[
     int | None, typer.Option(min=2, help="A quick look: likelihoods on so many test images, in a table of its own.")
 ]
-Gpus = Annotated[float, typer.Option(min=0, help="GPUs of each shard.")]
+Gpus = Annotated[
+    float, typer.Option(min=0, help="GPUs of each task; 0.5 lets two share one. 0: one each, if there are any here.")
+]
 
 
 def _pipeline(threads: int = 1, workers: int = 0, shards: int = 1, gpus: float = 0.0):
@@ -39,7 +41,7 @@ def _pipeline(threads: int = 1, workers: int = 0, shards: int = 1, gpus: float =
     from pipelines.stages import Pipeline
 
     workers = workers or max(1, (os.cpu_count() or 1) // threads)
-    return Pipeline(Path.cwd(), Machine(threads, workers, shards, gpus))
+    return Pipeline(Path.cwd(), Machine(threads, workers, shards, gpus, ray=bool(os.environ.get("RAY_ADDRESS"))))
 
 
 def _show(name: str) -> None:
@@ -63,15 +65,31 @@ def list_experiments() -> None:
 
 
 @app.command()
+def plan(
+    experiment: Name,
+    threads: Threads = 1,
+    workers: Workers = 0,
+    shards: Shards = 1,
+    gpus: Gpus = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what an experiment would take on this machine, from a few measured steps: nothing of it is run or kept."""
+    found = _pipeline(threads, workers, shards, gpus).plan(experiment)
+    typer.echo(found.json() if as_json else found.text())
+
+
+@app.command()
 def fetch(experiment: Name, workers: Workers = 0, dry_run: DryRun = False) -> None:
     """Fetch, verify and prepare an experiment's data set. Goes on from where it was stopped."""
     _show(experiment) if dry_run else _pipeline(workers=workers).fetch(experiment)
 
 
 @app.command()
-def train_vae(experiment: Name, threads: Threads = 1, workers: Workers = 0, dry_run: DryRun = False) -> None:
+def train_vae(
+    experiment: Name, threads: Threads = 1, workers: Workers = 0, gpus: Gpus = 0.0, dry_run: DryRun = False
+) -> None:
     """Stage 1: train the VAEs, one a seed. Goes on from where it was stopped."""
-    _show(experiment) if dry_run else _pipeline(threads, workers).train_vae(experiment)
+    _show(experiment) if dry_run else _pipeline(threads, workers, gpus=gpus).train_vae(experiment)
 
 
 @app.command()
@@ -100,14 +118,19 @@ def train_prior(
 
 
 @app.command()
-def sample(experiment: Name, threads: Threads = 1, workers: Workers = 0, dry_run: DryRun = False) -> None:
+def sample(experiment: Name, threads: Threads = 1, workers: Workers = 0, gpus: Gpus = 0.0, dry_run: DryRun = False) -> None:
     """Draw from every prior by each of its samplers. Goes on from where it was stopped."""
-    _show(experiment) if dry_run else _pipeline(threads, workers).sample(experiment)
+    _show(experiment) if dry_run else _pipeline(threads, workers, gpus=gpus).sample(experiment)
 
 
 @app.command()
 def evaluate(
-    experiment: Name, threads: Threads = 1, workers: Workers = 0, images: Images = None, dry_run: DryRun = False
+    experiment: Name,
+    threads: Threads = 1,
+    workers: Workers = 0,
+    images: Images = None,
+    gpus: Gpus = 0.0,
+    dry_run: DryRun = False,
 ) -> None:
     """Measure likelihoods, sample quality and sampler diagnostics. Goes on from where it was stopped."""
     if dry_run:
@@ -115,7 +138,7 @@ def evaluate(
         return
     from pipelines import results
 
-    path = _pipeline(threads, workers).evaluate(experiment, images)
+    path = _pipeline(threads, workers, gpus=gpus).evaluate(experiment, images)
     typer.echo(path)
     if images is not None:
         table = results.over_seeds(results.read(path, f"priorhole evaluate {experiment}"))

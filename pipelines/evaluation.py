@@ -1,8 +1,8 @@
 """Everything that is measured of one seed of one experiment, as rows of the results table."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -24,23 +24,28 @@ from models.folding import folded
 from models.protocol import HierarchicalVAE
 from pipelines.aggregate import aggregate_posterior, spread
 from pipelines.config import plain
+from pipelines.fanout import Task
 from pipelines.features import Features
 from pipelines.fingerprints import fingerprint
 from pipelines.identities import chain_modules
 from pipelines.recipe import Recipe
 from pipelines.results import AGGREGATE, BASELINE, DATA, Row
-from pipelines.samples import Samples
+from pipelines.samples import Samples, row_parts
 from pipelines.stored import Stored
+from pipelines.work import opened
 from priors.protocol import Prior
 from priors.registry import SAMPLERS
-from runtime import hardware
-from runtime.blocks import in_blocks, mean_and_error_over_blocks
+from runtime import checkpoints, hardware
+from runtime.blocks import in_blocks, join, mean_and_error_over_blocks
 from runtime.errors import UserError
 from runtime.files import exclusive
 from runtime.identity import Identity, revision, source_digest
-from runtime.progress import Report
+from runtime.progress import Report, silent
 
 CURVE_POINTS = 25
+
+PARTS = 16
+"""Into which the test examples of a seed are parted, for workers to share; it changes no number."""
 
 
 @dataclass(frozen=True)
@@ -134,18 +139,9 @@ class Evaluation:
     def _likelihoods(self) -> Iterator[Row]:
         if self.stored.recipe.experiment.evaluate.likelihood is None:
             return
-        stored, options = self.stored, self._likelihood
-        priors = {name: stored.prior(name, self._model) for name in stored.recipe.experiment.priors}
-        pools = {
-            name: fill_pool(self._model, prior, stored.recipe.seed, options.pool, self.report)
-            for name, prior in priors.items()
-            if not prior.exact
-        }
-        for name, pool in pools.items():
-            broken = int((pool.log_r.isnan() | pool.log_r.isposinf()).sum())  # a weight of 0 is one
-            if broken:
-                self._refuse(name, "the weights of base samples in the first group", broken, len(pool.log_r))
-        found = self._measured(priors, pools, options)
+        stored = self.stored
+        pools = {name: self.pool(name) for name in self._corrected}
+        found = self._measured(pools)
         for key, values in found.items():
             prior, _, what = key.partition("/")
             broken = int((~values.isfinite()).sum())
@@ -170,37 +166,93 @@ class Evaluation:
         dataset = self.stored.dataset
         return dataset.examples("test", spread(dataset.size("test"), self._limit)[rows])
 
-    def _measured(self, priors: dict[str, Prior], pools: dict[str, Pool], options: LikelihoodOptions) -> dict[str, Tensor]:
+    @cached_property
+    def _priors(self) -> dict[str, Prior]:
+        return {name: self.stored.prior(name, self._model) for name in self.stored.recipe.experiment.priors}
+
+    @property
+    def _corrected(self) -> list[str]:
+        """The priors that need a normaliser."""
+        return [name for name, prior in self._priors.items() if not prior.exact]
+
+    def pool(self, name: str) -> Pool:
+        """Base samples of the first group under a prior, kept on disk. Raises UserError if a weight is not finite."""
+        stored, recipe, size = self.stored, self.stored.recipe, self._likelihood.pool
+        config = {
+            "vae digest": stored.vae_document["digest"],
+            "prior digests": stored.identities.chain_digests(name, stored.groups),
+            "pool": size,
+        }
+        source = source_digest("metrics.likelihood", *sorted(set(chain_modules(recipe.experiment, name))))
+        identity = Identity(recipe.name, recipe.seed, config, source)
+        path = recipe.workspace.evaluation(recipe.name) / f"pool-{name}-seed-{recipe.seed}.safetensors"
+        found = checkpoints.load_current(path, identity)
+        if found is not None:
+            return Pool(found[0]["log_r"].to(hardware.device()))
+        pool = fill_pool(self._model, self._priors[name], recipe.seed, size, self.report)
+        broken = int((pool.log_r.isnan() | pool.log_r.isposinf()).sum())  # a weight of 0 is one
+        if broken:
+            self._refuse(name, "the weights of base samples in the first group", broken, len(pool.log_r))
+        checkpoints.save(path, {"log_r": pool.log_r.cpu()}, identity, rows=size)
+        return pool
+
+    def _measured(self, pools: dict[str, Pool], part: tuple[int, int] | None = None) -> dict[str, Tensor]:
         """Per-example numbers of all priors on the same test examples (:func:`spread`), kept on disk block by block.
 
         They are log-likelihoods, NCE losses of the priors that have a normaliser, and the model's KL terms.
+
+        Args:
+            pools: of the corrected priors.
+            part: the first example and the one behind the last; all, put together of what parts there are, if absent.
         """
-        stored, count = self.stored, self._limit
+        stored, recipe, priors, count = self.stored, self.stored.recipe, self._priors, self._limit
+        first, end = part or (0, count)
 
         def compute(rows: range) -> dict[str, Tensor]:
+            rows = range(first + rows.start, first + rows.stop)
             x = self._examples(slice(rows.start, rows.stop)).to(hardware.device())
-            found = log_likelihoods(self._model, priors, pools, x, rows, stored.recipe.seed, options)
+            found = log_likelihoods(self._model, priors, pools, x, rows, recipe.seed, self._likelihood)
             for prior in pools:
-                losses = contrastive_losses(self._model, priors[prior], x, rows, stored.recipe.seed)
+                losses = contrastive_losses(self._model, priors[prior], x, rows, recipe.seed)
                 found |= {f"{prior}/nce-loss/k{k:02d}": loss for k, loss in enumerate(losses)}
-            terms = divergences(self._model, x, rows, stored.recipe.seed)
+            terms = divergences(self._model, x, rows, recipe.seed)
             return found | {f"{BASELINE}/kl/k{k:02d}": term for k, term in enumerate(terms)}
 
         config = {
             "vae digest": stored.vae_document["digest"],
-            "prior digests": {name: stored.identities.chain_digests(name, stored.vae.groups) for name in priors},
-            "likelihood": plain(options),
+            "prior digests": {name: stored.identities.chain_digests(name, stored.groups) for name in priors},
+            "likelihood": plain(self._likelihood),
             "examples": count,
         }
-        modules = {module for name in priors for module in chain_modules(stored.recipe.experiment, name)}
-        identity = Identity(
-            stored.recipe.name, stored.recipe.seed, config, source_digest("metrics.likelihood", *sorted(modules))
-        )
-        path = (
-            stored.recipe.workspace.evaluation(stored.recipe.name)
-            / f"likelihood-{count}-seed-{stored.recipe.seed}.safetensors"
-        )
-        return in_blocks(path, identity, count, stored.recipe.experiment.evaluate.batch, compute, self.report)
+        modules = {module for name in priors for module in chain_modules(recipe.experiment, name)}
+        source = source_digest("metrics.likelihood", *sorted(modules))
+        identity = Identity(recipe.name, recipe.seed, config, source)
+        folder, name, batch = recipe.workspace.evaluation(recipe.name), f"likelihood-{count}-seed-{recipe.seed}", self._batch
+        parts = {
+            folder / f"{name}.rows-{start:08d}-{stop:08d}.safetensors": replace(
+                identity, config=config | {"rows": [start, stop]}
+            )
+            for start, stop in ([part] if part else self.stretches())
+        }
+        if part:
+            path, identity = next(iter(parts.items()))
+        else:
+            path = folder / f"{name}.safetensors"
+            join(path, identity, parts, batch)
+        return in_blocks(path, identity, end - first, batch, compute, self.report)
+
+    @property
+    def _batch(self) -> int:
+        return self.stored.recipe.experiment.evaluate.batch
+
+    def stretches(self) -> list[tuple[int, int]]:
+        """The examples in PARTS parts, at most, of whole batches: what is measured side by side."""
+        blocks = -(-self._limit // self._batch)
+        return row_parts(self._limit, -(-blocks // PARTS) * self._batch)
+
+    def measure(self, part: tuple[int, int]) -> None:
+        """One of the :meth:`stretches`, to a file of its own."""
+        self._measured({name: self.pool(name) for name in self._corrected}, part)
 
     @property
     def _likelihood(self) -> LikelihoodOptions:
@@ -360,7 +412,78 @@ def features_task(report: Report, recipe: Recipe) -> None:
         found.of_data(_other_images(recipe))
 
 
+def pool_task(report: Report, recipe: Recipe, prior: str) -> None:
+    """The base samples of a prior's first group, which all examples share."""
+    with exclusive(recipe.workspace.locks, f"{recipe.name}/evaluation/pool-{prior}/seed-{recipe.seed}", wait=True):
+        Evaluation(opened(recipe), report).pool(prior)
+
+
+def likelihood_task(report: Report, recipe: Recipe, examples: int | None, part: tuple[int, int]) -> None:
+    """The likelihoods of some examples; see :meth:`Evaluation.stretches`."""
+    with exclusive(recipe.workspace.locks, f"{recipe.name}/evaluation/seed-{recipe.seed}/rows-{part[0]}"):
+        Evaluation(opened(recipe), report, examples).measure(part)
+
+
+def seen_task(report: Report, recipe: Recipe, prior: str, sampler: str, part: int) -> None:
+    """The features of one file of samples, the ``part``-th."""
+    stored = opened(recipe)
+    drawn = stored.samples(prior, sampler)
+    for network in _networks(stored, report):
+        network.of_file(drawn, drawn.files[part], f"{prior}+{sampler}")
+
+
+def aggregate_task(report: Report, recipe: Recipe) -> None:
+    """The aggregate posterior's images, and their features."""
+    with exclusive(recipe.workspace.locks, f"{recipe.name}/evaluation/aggregate/seed-{recipe.seed}"):
+        stored = opened(recipe)
+        drawn = aggregate_posterior(stored, report)
+        for network in _networks(stored, report):
+            network.of_samples(drawn, AGGREGATE)
+
+
+def tasks(recipes: Sequence[Recipe], examples: int | None, shared: bool) -> list[Task]:
+    """All of an evaluation: the seeds' own tasks come last, in the order of the seeds.
+
+    Args:
+        recipes: the seeds.
+        examples: as :class:`Evaluation` has it.
+        shared: whether several workers share a seed's work; if not, its own task does all of it.
+    """
+    made: list[Task] = []
+
+    def add(title: str, function: Callable[..., Any], after: Sequence[int], **arguments: Any) -> int:
+        made.append(Task(title, function, arguments, after))
+        return len(made) - 1
+
+    settings, before = recipes[0].experiment.evaluate, dict[int, list[int]]()
+    network = [add("feature networks", features_task, (), recipe=recipes[0])] if settings.networks else []
+    for recipe in recipes:
+        seed, needed = f"seed {recipe.seed}", list(network)
+        if shared and settings.likelihood is not None:
+            methods = {
+                name: {recipe.method(name, k) for k in range(Stored(recipe).groups)} for name in recipe.experiment.priors
+            }
+            corrected = [name for name, found in methods.items() if not all(method.exact for method in found)]
+            pools = [add(f"proposals of {name}, {seed}", pool_task, (), recipe=recipe, prior=name) for name in corrected]
+            needed += [
+                add(f"likelihoods, {seed}, examples {part[0]} to {part[1] - 1}", likelihood_task, pools,
+                    recipe=recipe, examples=examples, part=part)
+                for part in Evaluation(Stored(recipe), silent, examples).stretches()
+            ]  # fmt: skip
+        if shared:
+            needed.append(add(f"aggregate posterior, {seed}", aggregate_task, network, recipe=recipe))
+        for prior, sampler in recipe.draws() if shared else ():
+            files = len(Stored(recipe).samples(prior, sampler).files)  # better to miss some now than after the likelihoods
+            for part in range(files if settings.networks else 0):
+                title = f"features of {prior} by {sampler}, {seed}, file {part}"
+                needed.append(add(title, seen_task, network, recipe=recipe, prior=prior, sampler=sampler, part=part))
+        before[recipe.seed] = needed
+    for recipe in recipes:
+        add(f"evaluation, seed {recipe.seed}", evaluation_task, before[recipe.seed], recipe=recipe, examples=examples)
+    return made
+
+
 def evaluation_task(report: Report, recipe: Recipe, examples: int | None) -> list[Row]:
     """All measurements of one seed; see :class:`Evaluation`."""
     with exclusive(recipe.workspace.locks, f"{recipe.name}/evaluation/seed-{recipe.seed}"):
-        return list(Evaluation(Stored(recipe), report, examples).rows())
+        return list(Evaluation(opened(recipe), report, examples).rows())

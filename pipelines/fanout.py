@@ -1,11 +1,14 @@
-"""Run independent tasks: here, in processes side by side, or as Ray tasks on this machine or a cluster.
+"""Run tasks: here, in processes side by side, or as Ray tasks on this machine or a cluster.
 
-Seeds and shards of groups are the axes of fan-out. Every task writes its own files and draws its own randomness, so where
-it runs never changes what it makes.
+Seeds, shards of groups, files of rows and blocks of likelihoods are the axes of fan-out. Every task writes its own files and
+draws its own randomness, so where it runs never changes what it makes. A task begins once those that it comes after have
+ended, and not before. Where there are GPUs, tasks run in processes of their own, each of which sees its own GPUs alone; the
+process that shares the tasks out uses none.
 """
 
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -15,9 +18,10 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,8 @@ from runtime.identity import ROOT
 POLL_SECONDS = 0.5
 LINE_SECONDS = 15.0
 PATIENCE_SECONDS = 10.0
+ROWS_SHOWN = 20
+"""Bars of more tasks are shown while these run."""
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # with no settings (RFC 9113, 3.4)
 UNIX_BYTES = 103  # of a socket's path; Linux allows four more
 SOCKET_BYTES = 70  # of that, /ray/session_2026-11-25_09-41-45_788082_4194304/sockets/plasma_store and a little more
@@ -42,29 +48,45 @@ class Machine:
         threads: CPU threads of each task.
         workers: tasks side by side on this machine.
         shards: parts into which the groups of a prior are dealt; more than one starts Ray.
-        gpus: GPUs of each shard.
+        gpus: GPUs of each task; a part of one lets several tasks share it. 0: one where this machine has GPUs, none on Ray.
+        ray: whether tasks go to Ray even where there is one shard.
     """
 
     threads: int = 1
     workers: int = 1
     shards: int = 1
     gpus: float = 0.0
+    ray: bool = False
+
+    @property
+    def on_ray(self) -> bool:
+        """Whether tasks are Ray's."""
+        return self.ray or self.shards > 1
+
+    @property
+    def shares(self) -> bool:
+        """Whether more than one task can run at a time."""
+        return self.on_ray or self.workers > 1
 
 
 @dataclass(frozen=True)
 class Task:
-    """``function(report, **arguments)``; the function is a module's, and it and its arguments can be pickled."""
+    """``function(report, **arguments)``; the function is a module's, and it and its arguments can be pickled.
+
+    ``after`` are the positions, in the list of tasks, of earlier ones whose files it reads.
+    """
 
     name: str
     function: Callable[..., Any]
     arguments: dict[str, Any]
+    after: Sequence[int] = ()
 
 
 def run(tasks: Sequence[Task], machine: Machine, folder: Path) -> list[Any]:
     """Run all tasks and return their results in order.
 
     Args:
-        tasks: independent of each other.
+        tasks: each listed behind those that it comes after.
         machine: where and how many at a time.
         folder: progress files are kept there meanwhile.
 
@@ -73,26 +95,77 @@ def run(tasks: Sequence[Task], machine: Machine, folder: Path) -> list[Any]:
     """
     shutil.rmtree(folder, ignore_errors=True)
     calls = [(task, folder / f"{index}.json", machine.threads) for index, task in enumerate(tasks)]
+    places = [] if machine.on_ray else _places(hardware.gpus(), machine)
     with _shown([(task.name, path) for task, path, _ in calls]):
-        if machine.shards > 1:
+        if machine.on_ray:
             return _on_ray(calls, machine)
-        if len(tasks) == 1 or machine.workers == 1:
+        if not places and (len(tasks) == 1 or machine.workers == 1):
             return [_call(*call) for call in calls]
-        return _in_processes(calls, machine.workers)
+        return _in_processes(calls, machine.workers, places)
 
 
-def _call(task: Task, path: Path, threads: int) -> Any:
+def _places(present: Sequence[str], machine: Machine) -> list[str]:
+    """What each worker of this machine is to see of its GPUs: whole ones of its own, or its part of one.
+
+    Raises:
+        UserError: a task asks for more GPUs than there are.
+    """
+    wanted = machine.gpus or float(bool(present))
+    if wanted > len(present):
+        raise UserError(f"each task asks for {wanted:g} GPU, this machine has {len(present)}; lower --gpus")
+    if wanted <= 0:
+        return []
+    if wanted < 1:
+        return [gpu for _ in range(int(1 / wanted)) for gpu in present]
+    each = math.ceil(wanted)
+    return [",".join(present[first : first + each]) for first in range(0, len(present) - each + 1, each)]
+
+
+def _call(task: Task, path: Path, threads: int, *_: Any) -> Any:
     hardware.reproducible(threads)
     hardware.keep_freed_memory()
-    return task.function(progress.to_file(path), **task.arguments)
+    try:
+        found = task.function(progress.to_file(path), **task.arguments)
+    except BaseException:
+        _mark(path, "failed")
+        raise
+    _mark(path, "done")
+    return found
 
 
-def _in_processes(calls: Sequence[tuple[Task, Path, int]], workers: int) -> list[Any]:
-    with processes.pool(workers) as pool:
-        with interruption.left_to_this_process():  # workers are started as tasks are submitted
-            futures: list[Future] = [pool.submit(_call, *call) for call in calls]
-        wait(futures)
-        return [future.result() for future in futures]
+def _mark(path: Path, how: str) -> None:
+    """Tell whoever shows the progress how a task ended."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(f".{how}").touch()
+
+
+def _elsewhere(*call: Any) -> Any:
+    """:func:`_call` in a process that does nothing else: what one task has loaded, the next may find there."""
+    processes.OF_ONE_RUN = True
+    return _call(*call)
+
+
+def _in_processes(calls: Sequence[tuple[Task, Path, int]], workers: int, places: Sequence[str] = ()) -> list[Any]:
+    """The calls, a worker each; as many workers as places if there are such."""
+    workers = min(workers, len(places)) if places else workers
+    with processes.pool(workers, places[:workers]) as pool:
+        futures: dict[int, Future] = {}
+        waiting = dict(enumerate(calls))
+        while True:
+            ended = {index for index, future in futures.items() if future.done()}
+            lost = {index for index in ended if futures[index].exception() is not None}
+            ready = [index for index, call in waiting.items() if ended.issuperset(call[0].after)]
+            with interruption.left_to_this_process():  # workers are started as tasks are submitted
+                for index in ready:
+                    call = waiting.pop(index)
+                    cause = next((before for before in call[0].after if before in lost), None)
+                    futures[index] = futures[cause] if cause is not None else pool.submit(_elsewhere, *call)
+            running = {future for future in futures.values() if not future.done()}
+            if not running and not waiting:
+                return [futures[index].result() for index in range(len(calls))]
+            if running:
+                wait(running, return_when=FIRST_COMPLETED)
 
 
 def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[Any]:
@@ -130,8 +203,10 @@ def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[A
             raise UserError(
                 f"each shard asks for {machine.gpus:g} GPU, the cluster has {present:g}; lower --gpus or add a node"
             )
-        remote = ray.remote(num_cpus=machine.threads, num_gpus=machine.gpus, max_retries=3)(_call)
-        references = [remote.remote(*call) for call in calls]
+        remote = ray.remote(num_cpus=machine.threads, num_gpus=machine.gpus, max_retries=3)(_elsewhere)
+        references: list[Any] = []
+        for call in calls:  # a task that is handed another's result waits for it
+            references.append(remote.remote(*call, *(references[before] for before in call[0].after)))
         ray.wait(references, num_returns=len(references))
         try:
             return ray.get(references)
@@ -191,6 +266,15 @@ def _state(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def _overall(paths: Sequence[Path], seconds: float) -> tuple[int, int, int, float | None]:
+    """Of all tasks: how many are done, running and failed, and the seconds that the rest takes at the pace so far."""
+    done, failed = (sum(path.with_suffix(f".{how}").exists() for path in paths) for how in ("done", "failed"))
+    ended = [path.with_suffix(".done").exists() or path.with_suffix(".failed").exists() for path in paths]
+    states = [state for path, over in zip(paths, ended, strict=True) if not over and (state := _state(path))]
+    made = done + failed + sum(state["done"] / max(1, state["total"]) for state in states)
+    return done, len(states), failed, seconds / made * (len(paths) - made) if made else None
+
+
 def _bars(tasks: Sequence[tuple[str, Path]], stop: threading.Event) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -203,18 +287,29 @@ def _bars(tasks: Sequence[tuple[str, Path]], stop: threading.Event) -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        rows = [(bars.add_task(name, total=None, note=""), path) for name, path in tasks]
+        every = bars.add_task("all tasks", total=len(tasks), note="", visible=len(tasks) > 1)
+        rows = [(bars.add_task(name, total=None, note="", visible=False), path) for name, path in tasks]
+        started = time.monotonic()
         while True:
             ended = stop.wait(POLL_SECONDS)
             for row, path in rows:
+                over = path.with_suffix(".done").exists()
                 if state := _state(path):
-                    bars.update(row, completed=state["done"], total=state["total"], note=state["note"])
+                    shown = len(tasks) <= ROWS_SHOWN or not over
+                    bars.update(row, completed=state["done"], total=state["total"], note=state["note"], visible=shown)
+            done, running, failed, _ = _overall([path for _, path in tasks], time.monotonic() - started)
+            bars.update(every, completed=done + failed, note=f"{running} running" + (f", {failed} failed" if failed else ""))
             if ended:
                 return
 
 
 def _lines(tasks: Sequence[tuple[str, Path]], stop: threading.Event) -> None:
+    started = time.monotonic()
     while not stop.wait(LINE_SECONDS):
+        if len(tasks) > 1:
+            done, running, failed, left = _overall([path for _, path in tasks], time.monotonic() - started)
+            broken, rest = f", {failed} failed" if failed else "", "" if left is None else f" (about {left:.0f} s left)"
+            print(f"all tasks: {done}/{len(tasks)} done, {running} running{broken}{rest}", file=sys.stderr, flush=True)
         for name, path in tasks:
             state = _state(path)
             if state and state["done"] < state["total"]:

@@ -17,6 +17,7 @@ from runtime.arrays import Blocks
 from runtime.files import exclusive
 from runtime.identity import Identity, source_digest
 from runtime.progress import Report
+from runtime.rowfiles import RowFile
 
 IMAGES_AT_ONCE = 2000
 
@@ -81,19 +82,21 @@ class Features:
             drawn: the samples.
             name: of them within the experiment and the seed.
         """
-        recipe, network, parts = self._stored.recipe, self.network, list[Tensor]()
+        return torch.cat([self.of_file(drawn, file, name) for file in drawn.files])[: drawn.total]
+
+    def of_file(self, drawn: Samples, file: RowFile, name: str) -> Tensor:
+        """Of the samples of one file, (n, features); arguments as for :meth:`of_samples`."""
+        recipe, network = self._stored.recipe, self.network
         folder = recipe.workspace.measured(recipe.name) / name / f"seed-{recipe.seed}" / network.name
-        for file in drawn.files:
-            path = folder / file.path.name
-            identity = self._identity(network=network.digest, file=file.document["digest"])
-            found = checkpoints.load_current(path, identity)
-            if found is None:
-                seen = network(drawn.whole(file))
-                checkpoints.save(path, {"features": seen}, identity, rows=len(seen))
-                self._report(min(file.rows.stop, drawn.total), drawn.total, f"features of {name}")
-                found = {"features": seen}, checkpoints.load_document(path, "the same command again")
-            parts.append(found[0]["features"])
-        return torch.cat(parts)[: drawn.total]
+        path = folder / file.path.name
+        identity = self._identity(network=network.digest, file=file.document["digest"])
+        found = checkpoints.load_current(path, identity)
+        if found is not None:
+            return found[0]["features"]
+        seen = network(drawn.whole(file))
+        checkpoints.save(path, {"features": seen}, identity, rows=len(seen))
+        self._report(min(file.rows.stop, drawn.total), drawn.total, f"features of {name}")
+        return seen
 
     def _identity(self, **made_from: str) -> Identity:
         config = made_from | {"dataset digest": self._stored.dataset.digest}

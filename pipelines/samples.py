@@ -38,6 +38,11 @@ def rows_per_file(wanted: int, batch: int) -> int:
     return -(-wanted // whole) * whole
 
 
+def row_parts(total: int, per_file: int) -> list[tuple[int, int]]:
+    """The rows of each file, from the first to the one behind the last: what can be made, and measured, on its own."""
+    return [(first, min(first + per_file, total)) for first in range(0, total, per_file)]
+
+
 def to_store(drawn: Rows, rows: range, pixels: Pixels | None, latents: int) -> Rows:
     """What is kept of a block.
 

@@ -10,20 +10,20 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from datasets import dataset as data
-from pipelines import blueprint, claims, fanout, fingerprints, report, results, tracking
+from pipelines import blueprint, claims, evaluation, fanout, fingerprints, report, results, tracking
 from pipelines.config import Config, Experiment, plain, read, validate
-from pipelines.evaluation import evaluation_task, features_task
 from pipelines.fanout import Machine, Task
 from pipelines.importing import import_nvae
 from pipelines.recipe import Recipe
 from pipelines.results import AGGREGATE
+from pipelines.samples import row_parts, rows_per_file
 from pipelines.stored import Stored
-from pipelines.work import fetch_task, prior_task, sample_task, vae_task
+from pipelines.work import drawn_task, fetch_task, prior_task, sample_task, vae_task
 from pipelines.workspace import Workspace
 from priors.registry import SAMPLERS
 from priors.samplers import ESS_FLOOR
@@ -31,6 +31,9 @@ from runtime import arrays, checkpoints
 from runtime.errors import UserError
 from runtime.files import require_writable, write_text
 from runtime.identity import require_own_code
+
+if TYPE_CHECKING:
+    from pipelines.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,12 @@ class Pipeline:
 
     def _run(self, stage: str, name: str, tasks: list[Task]) -> list[Any]:
         return fanout.run(tasks, self.machine, self.workspace.progress / f"{stage}-{name}")
+
+    def plan(self, name: str) -> "Plan":
+        """What the stages would take here, from a few measured steps; nothing is kept of them."""
+        from pipelines.plan import plan
+
+        return plan(self._seeds(name)[1][0], self.machine)
 
     def fetch(self, name: str) -> None:
         """Fetch and prepare the experiment's data set."""
@@ -119,25 +128,25 @@ class Pipeline:
         own = {f"seed-{seed}" for seed in experiment.seeds}
         _prune(self.workspace, self.workspace.artifacts(name) / "priors", [experiment.priors.keys(), own])
         stored = Stored(seeds[0])
-        groups = stored.vae.groups
+        groups = stored.groups
         blueprint.check_batches(name, experiment, stored.dataset)
         shards = [list(range(groups))[first :: self.machine.shards] for first in range(min(groups, self.machine.shards))]
-        depth: dict[str, int] = {}
+        tasks: list[Task] = []
+        made: dict[tuple[str, int], list[int]] = {}
         for prior, options in experiment.priors.items():  # a base is listed before what is put on it
-            depth[prior] = 0 if options.base is None else depth[options.base] + 1
-        for wave in sorted(set(depth.values())):
-            chosen = [
-                (recipe, prior, shard) for prior in depth if depth[prior] == wave for recipe in seeds for shard in shards
-            ]
-            tasks = [
-                Task(
-                    f"{prior}, seed {recipe.seed}, groups {shard}",
-                    prior_task,
-                    {"recipe": recipe, "prior": prior, "groups": shard},
-                )
-                for recipe, prior, shard in chosen
-            ]
-            self._run(f"train-prior-{wave}", name, tasks)
+            for recipe in seeds:
+                before = made.get((options.base or "", recipe.seed), [])
+                made[prior, recipe.seed] = list(range(len(tasks), len(tasks) + len(shards)))
+                tasks += [
+                    Task(
+                        f"{prior}, seed {recipe.seed}, groups {shard}",
+                        prior_task,
+                        {"recipe": recipe, "prior": prior, "groups": shard},
+                        before,
+                    )
+                    for shard in shards
+                ]
+        self._run("train-prior", name, tasks)
         runs = {recipe.seed: _learning_curves(Stored(recipe), experiment, groups) for recipe in seeds}
         tracking.record(
             self.root, "train-prior", name, runs, {"priors": {k: plain(v) for k, v in experiment.priors.items()}}
@@ -151,22 +160,30 @@ class Pipeline:
         drawn, own = {f"{prior}+{sampler}" for prior, sampler in chosen}, {f"seed-{seed}" for seed in experiment.seeds}
         _prune(self.workspace, self.workspace.artifacts(name) / "samples", [drawn, own])
         keys = [(recipe, prior, sampler) for prior, sampler in chosen for recipe in seeds]
-        tasks = [
-            Task(
-                f"{prior} by {sampler}, seed {recipe.seed}",
-                sample_task,
-                {"recipe": recipe, "prior": prior, "sampler": sampler},
-            )
-            for recipe, prior, sampler in keys
-        ]
-        shares = self._run("sample", name, tasks)
+        settings = experiment.sample
+        parts = row_parts(settings.images, rows_per_file(settings.rows_per_file, settings.batch))
+        tasks: list[Task] = []
+        last = []
+        for recipe, prior, sampler in keys:
+            title = f"{prior} by {sampler}, seed {recipe.seed}"
+            about = {"recipe": recipe, "prior": prior, "sampler": sampler}
+            if len(parts) == 1:
+                tasks.append(Task(title, sample_task, about))
+            else:
+                before = range(len(tasks), len(tasks) + len(parts))
+                tasks += [Task(f"{title}, images {first} to {end - 1}", sample_task, about | {"part": (first, end)})
+                          for first, end in parts]  # fmt: skip
+                tasks.append(Task(title, drawn_task, about, before))
+            last.append(len(tasks) - 1)
+        found = self._run("sample", name, tasks)
+        shares = [found[index] for index in last]
         runs: dict[int, dict[str, float]] = {recipe.seed: {} for recipe in seeds}
         for (recipe, prior, sampler), found in zip(keys, shares, strict=True):
             runs[recipe.seed] |= {f"{prior}/{sampler}/ess-floor-share/{group}": share for group, share in found.items()}
         resampling = [key for key in chosen if SAMPLERS[experiment.samplers[key[1]].method].weighs]
         for prior, sampler in resampling:
             _warn_of_collapse(
-                prior, sampler, [found for key, found in zip(keys, shares, strict=True) if key[1:] == (prior, sampler)]
+                prior, sampler, [share for key, share in zip(keys, shares, strict=True) if key[1:] == (prior, sampler)]
             )
         tracking.record(self.root, "sample", name, runs, {"sample": plain(experiment.sample)})
 
@@ -174,7 +191,7 @@ class Pipeline:
         """Write small copies of an experiment's trained files, to be kept under version control. Returns their paths."""
         experiment, seeds = self._seeds(name)
         require_writable(self.workspace.published(self.workspace.artifacts(name)))
-        groups = Stored(seeds[0]).vae.groups
+        groups = Stored(seeds[0]).groups
         files = {self.workspace.vae(name, recipe.vae_seed) for recipe in seeds} | {
             self.workspace.prior(name, prior, recipe.seed, k)
             for prior in experiment.priors
@@ -204,13 +221,8 @@ class Pipeline:
         kept = {AGGREGATE, *(f"{prior}+{sampler}" for prior, sampler in seeds[0].draws())}
         for path in _unnamed(self.workspace.measured(name), [kept, {f"seed-{seed}" for seed in experiment.seeds}]):
             shutil.rmtree(path)  # features of what is gone, to be had again
-        if experiment.evaluate.networks:
-            self._run("features", name, [Task("feature networks", features_task, {"recipe": seeds[0]})])
-        tasks = [
-            Task(f"evaluation, seed {recipe.seed}", evaluation_task, {"recipe": recipe, "examples": examples})
-            for recipe in seeds
-        ]
-        found = self._run("evaluate", name, tasks)
+        tasks = evaluation.tasks(seeds, examples, self.machine.shares)
+        found = self._run("evaluate", name, tasks)[-len(seeds) :]
         path = self.workspace.evaluation(name) / ("results.csv" if examples is None else f"results-{examples}.csv")
         results.write(path, results.frame([row for rows in found for row in rows]))
         runs = {

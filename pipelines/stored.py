@@ -5,7 +5,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from datasets import dataset as data
 from datasets.registry import spec
@@ -33,7 +33,8 @@ class Stored:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.identities = recipe, Identities(recipe, self)
-        self._groups: dict[tuple[str, int], tuple[GroupPrior, Document]] = {}
+        self._groups: dict[tuple[str, int], GroupPrior] = {}
+        self._documents: dict[tuple[str, int], Document] = {}
         self._samples: dict[tuple[str, str], Samples] = {}
 
     @cached_property
@@ -61,22 +62,25 @@ class Stored:
         return self.recipe.trained_file(self.recipe.workspace.vae(self.recipe.name, self.recipe.vae_seed))
 
     @cached_property
-    def _vae(self) -> tuple[HierarchicalVAE, Document]:
-        path = self._vae_path
-        tensors, document = self._verified(path, self.identities.vae(), "the VAE", "train-vae")
-        model = self.new_vae()
-        checkpoints.restore(model, tensors, path)
-        return model.to(hardware.device()).eval().requires_grad_(False), document
+    def groups(self) -> int:
+        """How many groups of latent variables the VAE has; nothing is loaded for that."""
+        with initialising(self.recipe.vae_seed, "vae"), torch.device("meta"):
+            experiment = self.recipe.experiment
+            return models.build(experiment.model.name, experiment.model, spec(experiment.dataset).shape).groups
 
-    @property
+    @cached_property
     def vae(self) -> HierarchicalVAE:
         """The trained VAE, frozen, in eval mode."""
-        return self._vae[0]
+        path = self._vae_path
+        tensors = checkpoints.load_verified(path, self.identities.vae(), self._made_by("train-vae"))[0]
+        model = self.new_vae()
+        checkpoints.restore(model, tensors, path)
+        return model.to(hardware.device()).eval().requires_grad_(False)
 
-    @property
+    @cached_property
     def vae_document(self) -> Document:
-        """The trained VAE's metadata."""
-        return self._vae[1]
+        """The trained VAE's metadata, of which the contents are not read."""
+        return self._described(self._vae_path, self.identities.vae(), "the VAE", "train-vae")
 
     def new_group(self, prior: str, k: int) -> GroupPrior:
         """One group of a prior before training, on the model's device."""
@@ -84,20 +88,25 @@ class Stored:
         with initialising(self.recipe.seed, f"prior {prior}", k):
             return self.recipe.method(prior, k)(options, self.vae.layout()[k]).to(hardware.device())
 
-    def _group(self, prior: str, k: int) -> tuple[GroupPrior, Document]:
+    def _group(self, prior: str, k: int) -> GroupPrior:
         if (prior, k) not in self._groups:
-            recipe = self.recipe
-            path = recipe.trained_file(recipe.workspace.prior(recipe.name, prior, recipe.seed, k))
-            identity = self.identities.group(prior, k, published=not recipe.is_own(path))
-            tensors, document = self._verified(path, identity, f"the prior {prior}", "train-prior")
+            path, identity = self._prior_file(prior, k)
+            self.prior_document(prior, k)
+            tensors = checkpoints.load_verified(path, identity, self._made_by("train-prior"))[0]
             group = self.new_group(prior, k)
             checkpoints.restore(group, tensors, path)
-            self._groups[prior, k] = folded(group.eval().requires_grad_(False)), document
+            self._groups[prior, k] = folded(group.eval().requires_grad_(False))
         return self._groups[prior, k]
 
+    def _prior_file(self, prior: str, k: int) -> tuple[Path, Identity]:
+        path = self.recipe.trained_file(self.recipe.workspace.prior(self.recipe.name, prior, self.recipe.seed, k))
+        return path, self.identities.group(prior, k, published=not self.recipe.is_own(path))
+
     def prior_document(self, prior: str, k: int) -> Document:
-        """The metadata of one learned group."""
-        return self._group(prior, k)[1]
+        """The metadata of one learned group, of which the contents are not read."""
+        if (prior, k) not in self._documents:
+            self._documents[prior, k] = self._described(*self._prior_file(prior, k), f"the prior {prior}", "train-prior")
+        return self._documents[prior, k]
 
     def base_of(self, prior: str) -> Prior:
         """The prior that a prior corrects."""
@@ -109,13 +118,13 @@ class Stored:
     def prior(self, prior: str, model: HierarchicalVAE | None = None) -> Prior:
         """A learned prior, all groups, over the VAE or a variant of it."""
         model = model or self.vae
-        groups = [self._group(prior, k)[0] for k in range(model.groups)]
+        groups = [self._group(prior, k) for k in range(model.groups)]
         base = self.recipe.experiment.priors[prior].base
         return Prior(model, groups, None if base is None else self.prior(base, model))
 
     def samples_identity(self, prior: str, sampler: str) -> Identity:
         """What a file of samples is made from."""
-        return self.identities.samples(prior, sampler, self.vae.groups)
+        return self.identities.samples(prior, sampler, self.groups)
 
     def samples(self, prior: str, sampler: str) -> Samples:
         """What was drawn, all images of it; its files are read when something of them is asked for."""
@@ -139,18 +148,22 @@ class Stored:
         if prior in experiment.priors:
             for name in experiment.chain(prior):
                 # A group that the prior leaves alone is not made by its method, and says nothing of that one's code.
-                learned = experiment.priors[name].groups or range(self.vae.groups)
+                learned = experiment.priors[name].groups or range(self.groups)
                 made_by = {self.prior_document(name, k)["source"] for k in learned}
                 sources[f"prior {name}"] = "+".join(sorted(made_by))
         if sampler:
             sources["samples"] = "+".join(sorted({file.document["source"] for file in self.samples(prior, sampler).files}))
         return sources
 
-    def _verified(self, path: Path, identity: Identity, what: str, stage: str) -> tuple[dict[str, Tensor], Document]:
-        """A file of this identity; a line on stderr says if earlier code made it."""
-        tensors, document = checkpoints.load_verified(path, identity, f"priorhole {stage} {self.recipe.name}")
+    def _made_by(self, stage: str) -> str:
+        return f"priorhole {stage} {self.recipe.name}"
+
+    def _described(self, path: Path, identity: Identity, what: str, stage: str) -> Document:
+        """The metadata of a file of this identity; a line on stderr says if earlier code made it."""
+        document = checkpoints.load_document(path, self._made_by(stage))
+        checkpoints.require_configuration(path, document, identity, self._made_by(stage))
         self._note_earlier_code(path, document, identity, what, stage)
-        return tensors, document
+        return document
 
     def _note_earlier_code(self, path: Path, document: Document, identity: Identity, what: str, stage: str) -> None:
         if document["source"] != identity.source:

@@ -19,7 +19,7 @@ from pipelines.workspace import Workspace
 from priors.registry import SAMPLERS
 from priors.sampling import draw, readjusted
 from priors.trainer import Slot, learn
-from runtime import hardware, rowfiles
+from runtime import hardware, processes, rowfiles
 from runtime.blocks import Rows
 from runtime.files import exclusive
 from runtime.progress import Report
@@ -55,15 +55,37 @@ def prior_task(report: Report, recipe: Recipe, prior: str, groups: Sequence[int]
         learn(stored.base_of(prior), slots, stored.dataset, report)
 
 
-def sample_task(report: Report, recipe: Recipe, prior: str, sampler: str) -> dict[str, float]:
-    """Draw one seed's samples of one prior by one sampler.
+_kept: dict[tuple[str, int], Stored] = {}
+
+
+def opened(recipe: Recipe) -> Stored:
+    """What is stored of a seed; in a process of one run it is loaded for the first of the tasks that need it."""
+    if not processes.OF_ONE_RUN:
+        return Stored(recipe)
+    key = (recipe.name, recipe.seed)
+    if key not in _kept:
+        _kept.clear()  # one seed's networks at a time
+        _kept[key] = Stored(recipe)
+    return _kept[key]
+
+
+def sample_task(
+    report: Report, recipe: Recipe, prior: str, sampler: str, part: tuple[int, int] | None = None
+) -> dict[str, float]:
+    """Draw one seed's samples of one prior by one sampler, or those of one file.
+
+    Args:
+        report: told of the progress.
+        recipe, prior, sampler: whose.
+        part: the first row of the file and the one behind its last; all rows if absent.
 
     Returns:
-        For each group ``k00`` …, the share of images whose effective sample size is under the floor.
+        For each group ``k00`` …, the share of images whose effective sample size is under the floor; nothing for a part.
     """
-    workspace, name, seed, stored = recipe.workspace, recipe.name, recipe.seed, Stored(recipe)
-    options = recipe.experiment.samplers[sampler]
-    with exclusive(workspace.locks, f"{name}/samples/{prior}+{sampler}/seed-{seed}"):
+    workspace, name, seed, stored = recipe.workspace, recipe.name, recipe.seed, opened(recipe)
+    options, rows = recipe.experiment.samplers[sampler], None if part is None else range(*part)
+    own = "" if part is None else f"/rows-{part[0]}"
+    with exclusive(workspace.locks, f"{name}/samples/{prior}+{sampler}/seed-{seed}{own}"):
         settings, drawing = recipe.experiment.sample, SAMPLERS[options.method](options)
         cold = settings.temperature != 1
         model = Tempered(stored.vae, settings.temperature, settings.tempered != "priors") if cold else stored.vae
@@ -81,7 +103,14 @@ def sample_task(report: Report, recipe: Recipe, prior: str, sampler: str) -> dic
 
         folder, identity = workspace.samples(name, prior, sampler, seed), stored.samples_identity(prior, sampler)
         per_file = rows_per_file(settings.rows_per_file, settings.batch)
-        rowfiles.fill(folder, identity, settings.images, per_file, settings.batch, compute, report)
+        rowfiles.fill(folder, identity, settings.images, per_file, settings.batch, compute, report, rows)
+    return drawn_task(report, recipe, prior, sampler) if part is None else {}
+
+
+def drawn_task(report: Report, recipe: Recipe, prior: str, sampler: str) -> dict[str, float]:  # noqa: ARG001
+    """Look at all that was drawn. Returns and raises what :func:`sample_task` does."""
+    stored = opened(recipe)
     drawn = stored.samples(prior, sampler)
-    drawn.require_finite(f"{name}: {prior} by {sampler}, seed {seed}")  # some of it may have been there, from other code
-    return drawn.under_floor(stored.vae.groups)
+    # Some of it may have been there, from other code.
+    drawn.require_finite(f"{recipe.name}: {prior} by {sampler}, seed {recipe.seed}")
+    return drawn.under_floor(stored.groups)

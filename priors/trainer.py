@@ -6,6 +6,7 @@ others, or with all of them, and the VAE is run once per step however many group
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,14 +26,19 @@ from runtime.randomness import Noise
 from runtime.training import Plateau, Terms, Trainee, cosine, train
 
 
+class _LastGroupError(Exception):
+    """A pass has seen the last group that it is wanted for."""
+
+
 @torch.no_grad()
-def pairs(below: Prior, x: Tensor, seed: int, purpose: str, step: int = 0) -> list[Pair]:
+def pairs(below: Prior, x: Tensor, seed: int, purpose: str, step: int = 0, last: int | None = None) -> list[Pair]:
     """Posterior and base samples of every group, in the contexts that a posterior pass over x goes through.
 
     Args:
         below: the base to draw from, and the frozen model.
         x: (batch, *data shape).
         seed, purpose, step: name the draws, together with the group.
+        last: the group behind which the pass stops; none if absent.
     """
     device, found = x.device, list[Pair]()
 
@@ -43,8 +49,11 @@ def pairs(below: Prior, x: Tensor, seed: int, purpose: str, step: int = 0) -> li
         base = below.base(k, context)
         normal, uniform = noise("normal", k).normal((), tuple(z.shape)), noise("uniform", k).uniform((), (len(z),))
         found.append(Pair(z, base.draw(noise("base", k)), context, base, normal, uniform))
+        if k == last:
+            raise _LastGroupError
 
-    posterior_pass(below.model, x, partial(noise, "posterior"), visit)
+    with suppress(_LastGroupError):
+        posterior_pass(below.model, x, partial(noise, "posterior"), visit)
     return found
 
 
@@ -83,7 +92,7 @@ def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, d
     rate, plateau = cosine(options.learning_rate, options.final_learning_rate, options.steps), None
     if options.schedule == "plateau":
         rate, plateau = lambda _: options.learning_rate, Plateau(options.patience)
-    slot_of = {f"group {slot.k}": slot for slot in slots}
+    slot_of, last = {f"group {slot.k}": slot for slot in slots}, max(slot.k for slot in slots)
     trainees = [
         Trainee(
             name,
@@ -100,7 +109,7 @@ def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, d
 
     def shared_pass(x: Tensor, purpose: str, step: int) -> list[Pair]:
         with autocast(options.precision, device.type):
-            return pairs(below, x.to(device), seed, purpose, step)
+            return pairs(below, x.to(device), seed, purpose, step, last)
 
     def losses(step: int, active: Sequence[Trainee]) -> list[Terms]:
         found = shared_pass(dataset.train_batch(options.batch, seed, step), "prior", step)
@@ -171,10 +180,12 @@ def _codes(below: Prior, k: int, options: FittedPrior.Options, dataset: Dataset,
     def visit(group: int, context: Tensor, posterior: Distribution, z: Tensor) -> None:  # noqa: ARG001
         if group == k:
             parts.append(posterior.mean if options.codes_of == "mean" else z)
+            raise _LastGroupError
 
     for step in range(-(-options.codes // options.batch)):
         x = dataset.train_batch(options.batch, seed, step).to(below.device)
-        posterior_pass(below.model, x, partial(_code_noise, seed, step, below.device), visit)
+        with suppress(_LastGroupError):
+            posterior_pass(below.model, x, partial(_code_noise, seed, step, below.device), visit)
     return torch.cat(parts)[: options.codes]
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,30 @@ def in_blocks(
     checkpoints.save(path, found, identity, rows=total)
     partial.unlink(missing_ok=True)
     return found
+
+
+def join(path: Path, identity: Identity, parts: Mapping[Path, Identity], block: int) -> None:
+    """Put files of :func:`in_blocks` together, one behind the other, as if all their rows had been computed at once.
+
+    Nothing is done unless all of them are there.
+
+    Args:
+        path, identity: the result, which is kept if it is there.
+        parts: the files in the order of their rows, and what they are made from; they are deleted.
+        block: rows per block; each part but the last holds whole blocks.
+    """
+    if _stored(checkpoints.load_current(path, identity)) is None:
+        found, index = list[Rows](), 0
+        for part, made_from in parts.items():
+            rows = _stored(checkpoints.load_current(part, made_from))
+            if rows is None:
+                return
+            found.append(rows | {"block": rows["block"] + index})
+            index += -(-_length(rows) // block)
+        whole = _concatenate(found)
+        checkpoints.save(path, whole, identity, rows=_length(whole))
+    for part in parts:
+        part.unlink(missing_ok=True)
 
 
 def timed(compute: Callable[[range], Rows], rows: range, index: int) -> Rows:

@@ -1,6 +1,7 @@
 """What the machine can do: device, threads, and the precision that pays on it."""
 
 import ctypes
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -15,6 +16,13 @@ Precision = Literal["fp32", "auto"]
 def device() -> torch.device:
     """The first CUDA device where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them; counting them takes no memory of theirs."""
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return (named or [str(index) for index in range(count)])[:count]
 
 
 def device_name() -> str:

@@ -60,10 +60,12 @@ def fill(
     block: int,
     compute: Callable[[range], Rows],
     report: Report = silent,
+    part: range | None = None,
 ) -> None:
     """Compute the rows that a folder lacks.
 
-    Files of this identity stay, however many rows they hold; others are deleted.
+    Files of this identity stay, however many rows they hold; others are deleted. Several processes may fill a folder,
+    each a part of it.
 
     Args:
         folder: of the files.
@@ -76,20 +78,24 @@ def fill(
             A tensor may be of the first of all rows alone, and be shorter, or left out. The names ``seconds`` and ``block``
             are taken (:func:`runtime.blocks.timed`).
         report: told of the progress.
+        part: the rows that are wanted, of which a file begins with the first; all of them if absent. What begins outside it
+            is left alone.
 
     Raises:
         UserError: the disk is full or not writable, or the work was begun in another precision.
     """
-    files = []
+    files, wanted = [], range(total) if part is None else part
     for path in sorted(folder.glob("*.safetensors")):
         current = _current(path, identity)
-        if current is None:
-            path.unlink()
-        else:
+        if current is not None:
             files.append(current)
-    missing = gaps(files, total)
+        elif part is None or ((name := _NAME.fullmatch(path.name)) and int(name[1]) in part):
+            path.unlink(missing_ok=True)
+    inside = (range(max(gap.start, wanted.start), min(gap.stop, wanted.stop)) for gap in gaps(files, total))
+    missing = [gap for gap in inside if len(gap)]
     for file in files if missing else ():
         checkpoints.require_same_precision(file.path, file.document, identity)
+    total = len(wanted)
     done = total - sum(map(len, missing))
     for stretch in missing:
         first = stretch.start

@@ -64,7 +64,7 @@ def workers(node):
             title, parent = (folder / "cmdline").read_text(), int((folder / "stat").read_text().rsplit(")")[-1].split()[1])
         except OSError:
             continue
-        if title.startswith("ray::_call") and parent == raylet:
+        if title.startswith("ray::_elsewhere") and parent == raylet:
             found.append(int(folder.name))
     return found
 

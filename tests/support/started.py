@@ -11,7 +11,7 @@ import psutil
 
 MARK = "PRIORHOLE_STARTED_BY"
 
-PROGRESS = re.compile(r"[\w +-]+, seed \d+.*: \d+/\d+ |feature network: |data set [\w-]+: ")
+PROGRESS = re.compile(r"[\w +-]+, seed \d+.*: \d+/\d+ |all tasks: |feature network: |data set [\w-]+: ")
 """A line that says how far a stage is, which a slow machine prints and a quick one does not."""
 
 
