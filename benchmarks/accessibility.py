@@ -1,7 +1,7 @@
 """What axe-core, the accessibility checker, says of every page of the report, wide and light, and narrow and dark.
 
-It takes npm, to fetch axe-core into a temporary folder, and Chromium. Run it with ``tests/support`` in PYTHONPATH. Exits 1 on
-a serious or critical violation.
+It takes npm, to fetch axe-core into a temporary folder, and Chromium. Run it with ``tests/support`` in PYTHONPATH. Exits 1
+on a serious or critical violation.
 """
 
 import subprocess
@@ -31,7 +31,7 @@ def main() -> None:
                 for violation in found["violations"]:
                     serious += violation["impact"] in ("serious", "critical")
                     print(
-                        f"{path.name} at {width}: {violation['impact']}: {violation['help']} ({len(violation['nodes'])} nodes)"
+                        f"{path.name} at {width}: {violation['impact']}: {violation['help']} {len(violation['nodes'])} nodes"
                     )
         version = browser.value("axe.version")
     print(f"axe-core {version}: {len(pages)} pages, twice each: {passed} rules passed, {serious} serious violations")
