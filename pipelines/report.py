@@ -204,6 +204,11 @@ def headlines(frame: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
+def excerpt(verdicts: Sequence[claims.Verdict]) -> str:
+    """The README's: the claims that are decided."""
+    return claims.markdown([verdict for verdict in verdicts if verdict.word in ("reproduced", "contradicted")])
+
+
 def write(workspace: Workspace, table: pd.DataFrame, verdicts: Sequence[claims.Verdict]) -> list[Path]:
     """Write results.csv, results.md, metrics.json, claims.md and the README's excerpt; returns their paths."""
     frame = results.over_seeds(table)
@@ -218,8 +223,8 @@ def write(workspace: Workspace, table: pd.DataFrame, verdicts: Sequence[claims.V
     }
     readme = workspace.root / "README.md"
     if readme.exists():
-        excerpt = claims.markdown([verdict for verdict in verdicts if verdict.tested])
-        written[readme] = MARKS.sub(lambda found: f"{found[1]}{excerpt}{found[2]}", readme.read_text(encoding="utf-8"))
+        shown = excerpt(verdicts)
+        written[readme] = MARKS.sub(lambda found: f"{found[1]}{shown}{found[2]}", readme.read_text(encoding="utf-8"))
     for path, content in written.items():
         write_text(path, content)
     return [workspace.results, *written]
