@@ -217,9 +217,9 @@ def compare(json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: priorhole ui --port 5001; then open http://127.0.0.1:5001/#/experiments")
+@app.command(epilog="Example: priorhole ui --port 5001; then open the address that it prints.")
 def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 5000) -> None:
-    """Browse the runs in MLflow's UI."""
+    """Browse the runs in MLflow, those of stages that are running too."""
     from pipelines.tracking import store
 
     with socket.socket() as probe:
@@ -228,6 +228,9 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this ma
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(f"port {port} cannot be used ({error.strerror}); choose another one with --port") from error
+    page = f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"  # left alone, it opens at its assistants
+    typer.echo(f"in some seconds: {page}")
+    sys.stdout.flush()  # what is buffered would be lost
     options = ["--workers", "1", "--port", str(port), "--backend-store-uri", store(Path.cwd())]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *options])  # whoever stops this stops the server itself
 
