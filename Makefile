@@ -15,7 +15,7 @@ endif
 repro: .venv/installed
 	@test -e .git || dvc config --local core.no_scm true
 	dvc repro
-	@echo "The report: reports/claims.md, reports/results.md, reports/results.csv, reports/figures/"
+	@echo "The report: open reports/index.html; for a terminal reports/claims.md, tables.md and results.md"
 
 test: .venv/installed
 	ruff check .

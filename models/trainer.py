@@ -17,7 +17,7 @@ from models.spectral import SpectralNorms, batch_norm_scales
 from runtime.hardware import Precision, autocast
 from runtime.identity import Identity
 from runtime.options import Options, unless
-from runtime.progress import Report, silent
+from runtime.progress import Curves, Report, silent
 from runtime.randomness import Noise
 from runtime.training import Terms, Trainee, cosine, train
 
@@ -163,12 +163,15 @@ def train_vae(
     )
     layout, seed = model.layout(), identity.seed
 
+    divergences: list[Tensor] = []
+
     def losses(step: int, active: Sequence[Trainee]) -> list[Terms]:  # noqa: ARG001
         x = dataset.train_batch(options.batch, seed, step).to(device)
         noise = [Noise(seed, "vae", k, step, device=device) for k in range(model.groups)]
         with autocast(options.precision, device.type):
             parts = evidence(model, x, noise)
             penalties = model.penalties(x)
+        divergences[:] = [kl.detach() for kl in parts.kl]
         weight = kl_weight(options, step)
         balanced = options.kl_balance and weight < 1
         gamma = balance(parts.kl, layout) if balanced else torch.ones(model.groups)
@@ -178,8 +181,17 @@ def train_vae(
             terms |= {"spectral": strength * norms(), "batch-norm": strength * batch_norm_scales(model)}
         return [{"reconstruction": -parts.log_likelihood.mean(), **terms, **penalties}]
 
+    def with_divergences(done: int, total: int, note: str, curves: Callable[[], Curves] | None = None, /) -> None:
+        def found() -> Curves:
+            return {
+                name: own | {f"kl/k{k:02d}": kl.mean().item() for k, kl in enumerate(divergences)}
+                for name, own in (curves() if curves else {}).items()
+            }
+
+        report(done, total, note, found)
+
     model.train()
-    train([trainee], options.steps, losses, report)
+    train([trainee], options.steps, losses, with_divergences)
     if trainee.finished is None:
         trainee.finish()
     model.eval()

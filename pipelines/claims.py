@@ -20,7 +20,7 @@ still improving, and nothing is won over a rival that was: such a verdict become
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -623,6 +623,13 @@ def how_judged(claim: Claim) -> str:
         "" if criterion is None or criterion.after_result is None else f" Newer than the result: {criterion.after_result}."
     )
     return f"{how}.{since}{after}"
+
+
+def plain(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as plain JSON values, for scripts."""
+    claim = verdict.claim
+    about = {"id": claim.id, "paper": claim.paper, "statement": claim.statement, "value": claim.value}
+    return about | {"verdict": verdict.word, "why": verdict.text, "numbers": [asdict(number) for number in verdict.numbers]}
 
 
 def console(verdicts: Sequence[Verdict]) -> Any:

@@ -3,8 +3,9 @@
 import os
 import socket
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,14 +15,47 @@ from runtime.errors import UserError
 
 app = typer.Typer(
     help="How much better does a VAE get when its prior is learned? Run one stage, or let 'dvc repro' run them all.",
+    epilog="Example: priorhole list; then priorhole fetch gaussians25, and so on through the stages; priorhole report.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-Name = Annotated[str, typer.Argument(help="Experiment, as named in params.yaml.")]
+
+def _known(incomplete: str) -> list[str]:
+    """For the shell's completion: the experiments that begin so."""
+    import yaml
+
+    try:
+        names = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["experiments"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        from runtime.identity import revision
+
+        typer.echo(f"priorhole {version('priorhole')}, revision {revision()}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version and the revision, and stop."),
+    ] = False,
+) -> None:
+    """What all commands share."""
+
+
+Name = Annotated[str, typer.Argument(help="Experiment, as named in params.yaml.", autocompletion=_known)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
-THREADS = "CPU threads of each task."
+THREADS = "CPU threads of each task (can change a last bit)."
 WORKERS = "Tasks side by side; 0: as many as the cores allow."
 SHARDS = "Parts into which a prior's groups are dealt; above 1 they are Ray tasks (RAY_ADDRESS names a cluster)."
 
@@ -29,7 +63,8 @@ Threads = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_THREADS", help=TH
 Workers = Annotated[int, typer.Option(min=0, envvar="PRIORHOLE_WORKERS", help=WORKERS)]
 Shards = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_SHARDS", help=SHARDS)]
 Images = Annotated[
-    int | None, typer.Option(min=2, help="A quick look: likelihoods on so many test images, in a table of its own.")
+    int | None,
+    typer.Option(min=2, help="A quick look: likelihoods on so many test images, in a table of its own; all if left out."),
 ]
 Gpus = Annotated[
     float, typer.Option(min=0, help="GPUs of each task; 0.5 lets two share one. 0: one each, if there are any here.")
@@ -52,39 +87,76 @@ def _show(name: str) -> None:
     typer.echo(yaml.safe_dump(plain(_pipeline().config.experiment(name)), sort_keys=False), nl=False)
 
 
-@app.command("list")
-def list_experiments() -> None:
-    """List the experiments; a star marks those that a plain 'dvc repro' runs."""
-    config = _pipeline().config
-    for name, experiment in config.experiments.items():
-        star = "*" if name in config.run else " "
-        priors = ", ".join(experiment.priors)
-        typer.echo(
-            f"{star} {name}: {experiment.dataset}, {experiment.model.name}, {len(experiment.seeds)} seeds; priors {priors}"
+def _print(*parts: Any) -> None:
+    """On the terminal as wide as it is, elsewhere wide enough for tables."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for part in parts:
+        console.print(part, highlight=False, markup=False)
+
+
+@app.command("list", epilog="Example: priorhole list --json | jq -r '.[] | select(.missing == []) | .name'")
+def list_experiments(json: Json = False) -> None:
+    """List the experiments: data set, model, priors, what is pretrained, which stages have not run here."""
+    from pipelines.reporting import overview
+
+    pipeline = _pipeline()
+    found = overview.overviews(pipeline.workspace, pipeline.config)
+    if json:
+        _echo_json([asdict(one) for one in found])
+    else:
+        _print(overview.listed(found))
+
+
+@app.command(epilog="Example: priorhole show gaussians25")
+def show(experiment: Name, json: Json = False) -> None:
+    """Show an experiment's results so far: means over seeds and 95 % intervals, likelihoods in nats, times in seconds."""
+    from pipelines.reporting import overview
+
+    pipeline = _pipeline()
+    found = overview.overview(pipeline.workspace, pipeline.config, experiment)
+    frame = overview.measured(pipeline.workspace, experiment)
+    if json:
+        _echo_json(overview.document(found, frame))
+        return
+    _print(overview.listed([found]))
+    _print(
+        *(
+            overview.shown(frame)
+            if len(frame)
+            else [f"nothing is measured yet; run: priorhole {found.missing[0]} {experiment}"]
         )
+    )
 
 
-@app.command()
+@app.command(epilog="Example: priorhole plan celeba64-nvae --shards 15 --gpus 1")
 def plan(
     experiment: Name,
     threads: Threads = 1,
     workers: Workers = 0,
     shards: Shards = 1,
     gpus: Gpus = 0.0,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Say what an experiment would take on this machine, from a few measured steps: nothing of it is run or kept."""
     found = _pipeline(threads, workers, shards, gpus).plan(experiment)
-    typer.echo(found.json() if as_json else found.text())
+    typer.echo(found.json() if json else found.text())
 
 
-@app.command()
+def _echo_json(document: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+@app.command(epilog="Example: priorhole fetch gaussians25")
 def fetch(experiment: Name, workers: Workers = 0, dry_run: DryRun = False) -> None:
     """Fetch, verify and prepare an experiment's data set. Goes on from where it was stopped."""
     _show(experiment) if dry_run else _pipeline(workers=workers).fetch(experiment)
 
 
-@app.command()
+@app.command(epilog="Example: priorhole train-vae gaussians25 --workers 2")
 def train_vae(
     experiment: Name, threads: Threads = 1, workers: Workers = 0, gpus: Gpus = 0.0, dry_run: DryRun = False
 ) -> None:
@@ -92,7 +164,7 @@ def train_vae(
     _show(experiment) if dry_run else _pipeline(threads, workers, gpus=gpus).train_vae(experiment)
 
 
-@app.command()
+@app.command(epilog="Example: priorhole import-nvae celeba64-nvae-mixture --checkpoint eval-celeba64/checkpoint.pt")
 def import_nvae(
     experiment: Name,
     checkpoint: Annotated[Path, typer.Option(help="The checkpoint.pt that NVAE's released training script wrote.")],
@@ -104,7 +176,7 @@ def import_nvae(
     typer.echo(_pipeline().import_nvae(experiment, checkpoint, seed))
 
 
-@app.command()
+@app.command(epilog="Example: priorhole train-prior digits-nvae --shards 4")
 def train_prior(
     experiment: Name,
     threads: Threads = 1,
@@ -117,13 +189,13 @@ def train_prior(
     _show(experiment) if dry_run else _pipeline(threads, workers, shards, gpus).train_prior(experiment)
 
 
-@app.command()
+@app.command(epilog="Example: priorhole sample mnist-nvae-lite")
 def sample(experiment: Name, threads: Threads = 1, workers: Workers = 0, gpus: Gpus = 0.0, dry_run: DryRun = False) -> None:
     """Draw from every prior by each of its samplers. Goes on from where it was stopped."""
     _show(experiment) if dry_run else _pipeline(threads, workers, gpus=gpus).sample(experiment)
 
 
-@app.command()
+@app.command(epilog="Example: priorhole evaluate mnist-nvae-lite --images 500")
 def evaluate(
     experiment: Name,
     threads: Threads = 1,
@@ -145,43 +217,44 @@ def evaluate(
         typer.echo(table[["prior", "sampler", "metric", "value", "interval", "n"]].to_string(index=False))
 
 
-@app.command()
+@app.command(epilog="Example: priorhole publish mnist-nvae-lite")
 def publish(experiment: Name) -> None:
     """Write small copies of the trained files to pretrained/; sampling and measuring work from them."""
     paths = _pipeline().publish(experiment)
     typer.echo(f"{len(paths)} files, {sum(path.stat().st_size for path in paths) / 1e6:.1f} MB, in pretrained/{experiment}")
 
 
-@app.command()
+@app.command(epilog="Example: priorhole verify gaussians25")
 def verify(experiment: Name) -> None:
     """Read all that is kept of an experiment and hold it against its digests: data, checkpoints, samples, features."""
     files, size = _pipeline().verify(experiment)
     typer.echo(f"{experiment}: {files} files and folders, {size / 1e9:.2f} GB, are as they were written")
 
 
-@app.command()
+@app.command(epilog="Example: priorhole report; then open reports/index.html")
 def report() -> None:
-    """Gather the experiments' tables into reports/, with tables and figures for people."""
+    """Gather the experiments' tables into reports/: pages to read (index.html), tables and figures."""
     for path in _pipeline().report():
         typer.echo(path)
 
 
-@app.command()
-def compare() -> None:
+@app.command(epilog="Example: priorhole compare --json | jq '.[] | select(.verdict == \"contradicted\")'")
+def compare(json: Json = False) -> None:
     """Hold the results against the papers' claims. Exits 1 if one comes out otherwise than targets.yaml says."""
-    from rich.console import Console
-
     from pipelines import claims
 
     verdicts = _pipeline().verdicts()
-    Console(width=None if sys.stdout.isatty() else 160).print(claims.console(verdicts))
+    if json:
+        _echo_json([claims.plain(verdict) for verdict in verdicts])
+    else:
+        _print(claims.console(verdicts))
     if any(verdict.failed for verdict in verdicts):
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: priorhole ui --port 5001; then open the address that it prints.")
 def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 5000) -> None:
-    """Browse the runs in MLflow's UI."""
+    """Browse the runs in MLflow, those of stages that are running too."""
     from pipelines.tracking import store
 
     with socket.socket() as probe:
@@ -190,6 +263,9 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this ma
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(f"port {port} cannot be used ({error.strerror}); choose another one with --port") from error
+    page = f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"  # left alone, it opens at its assistants
+    typer.echo(f"in some seconds: {page}")
+    sys.stdout.flush()  # what is buffered would be lost
     options = ["--workers", "1", "--port", str(port), "--backend-store-uri", store(Path.cwd())]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *options])  # whoever stops this stops the server itself
 

@@ -313,5 +313,5 @@ def _lines(tasks: Sequence[tuple[str, Path]], stop: threading.Event) -> None:
         for name, path in tasks:
             state = _state(path)
             if state and state["done"] < state["total"]:
-                left = "" if state["remaining"] is None else f" (about {state['remaining']:.0f} s left)"
-                print(f"{name}: {state['done']}/{state['total']} {state['note']}{left}", file=sys.stderr, flush=True)
+                rest = "" if state["remaining"] is None else f" (about {state['remaining']:.0f} s left)"
+                print(f"{name}: {state['done']}/{state['total']} {state['note']}{rest}", file=sys.stderr, flush=True)

@@ -28,6 +28,7 @@ from runtime.files import atomic_path
 from runtime.randomness import Noise
 
 mpl.use("Agg")
+from matplotlib import patheffects
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -43,6 +44,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 CONTRAST = COLOURS[1]
 MARKERS = "os^vDP*X"
 MOST_LABELS = 12
+HALO = patheffects.withStroke(linewidth=2, foreground="white")
+"""Around a text, which lines and whiskers may pass behind."""
+
 PICTURES = ("-hole", "-samples")
 """Ends of the names of what is drawn from artifacts, which need not be here."""
 
@@ -94,6 +98,15 @@ def of_artifacts(stored: Stored, folder: Path) -> Iterator[Path]:
         yield _save(_hole(stored, corrected), folder / f"{stored.recipe.name}-hole.png", made_from)
     picture = _against_modes(drawn, truth) if truth is not None else _grids(drawn)
     yield _save(picture, folder / f"{stored.recipe.name}-samples.png", made_from)
+
+
+def grids(stored: Stored, folder: Path) -> None:
+    """Write a PNG file of a seed's first images, up to 64, for every prior and sampler; none where samples are points."""
+    if spec(stored.recipe.experiment.dataset).kind == "points":
+        return
+    for prior, sampler in stored.recipe.draws():
+        levels = (tiled(stored.samples(prior, sampler).first(64)) * 255).round().to(torch.uint8)
+        Image.fromarray(levels.numpy()).save(folder / f"{prior}-{sampler}.png")
 
 
 def picture_digest(experiment: Experiment) -> str:
@@ -207,6 +220,7 @@ def _label_points(axis: Axes, points: Iterable[tuple[float, float, str]]) -> Non
         for right, up in places:
             side = "left" if right > 0 else "right"
             written = axis.annotate(text, (x, y), fontsize=7, xytext=(right, up), textcoords="offset points", ha=side)
+            written.set_path_effects([HALO])
             written.set_in_layout(False)
             box = written.get_window_extent().padded(2)
             inside = axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1
@@ -319,6 +333,7 @@ def _training(experiment: str, frame: pd.DataFrame) -> Figure | None:
                 axis.plot(step, np.interp(step, curve.step, curve.value), "o", color=colour, markersize=5)
         axis.set(xlabel="training step", ylabel="held-out criterion (nats)", title=f"{experiment}: {prior}")
         axis.title.set_fontsize(10)
+        axis.ticklabel_format(useOffset=False)
     axes[0].plot([], [], "o", color="0.3", label="kept, mean over seeds")
     _legend_below(figure)
     return figure
@@ -337,12 +352,20 @@ def _by_group(experiment: str, frame: pd.DataFrame) -> Figure | None:
     styles = _styles(names)
     for axis, (kind, label) in zip(axes, panels.items(), strict=True):
         own = by_group[by_group.kind == kind]
-        for name, points in own.groupby(names[own.index]):
+        groups = sorted(own.group.unique())
+        lines = list(own.groupby(names[own.index]))
+        for shift, (name, points) in zip(_beside(len(lines)), lines, strict=True):
             ordered = points.sort_values("group")
-            axis.errorbar(ordered.group, ordered.value, ordered.interval, capsize=3, label=name, **styles[name])
-        axis.set(xlabel="group", ylabel=label, title=experiment)
+            at = np.array([groups.index(group) for group in ordered.group]) + shift
+            axis.errorbar(at, ordered.value, ordered.interval, capsize=3, label=name, **styles[name])
+        axis.set(xlabel="latent group", ylabel=label, title=experiment, xticks=range(len(groups)), xticklabels=groups)
     _legend_below(figure)
     return figure
+
+
+def _beside(count: int) -> np.ndarray:
+    """Where several whiskers of one group stand, so that none hides another: within 0.3 of it."""
+    return np.linspace(-0.3, 0.3, count) if count > 1 else np.zeros(1)
 
 
 def _gain_against_base(dataset: str, frame: pd.DataFrame) -> Figure | None:

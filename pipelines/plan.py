@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -164,7 +164,7 @@ class _Untrained(Stored):
     """What would be stored, before it is trained."""
 
     @cached_property
-    def dataset(self) -> Any:  # type: ignore[override]
+    def dataset(self) -> Any:
         """The prepared data set, or made data of its shape."""
         try:
             return Stored(self.recipe).dataset
@@ -225,7 +225,7 @@ def _paced(run: Callable[[Report], object], most: int = 200) -> float:
     """Seconds of a step of something that reports each: the median of those that SECONDS hold, the first left out."""
     seen = [_clock()]
 
-    def report(done: int, total: int, note: str) -> None:  # noqa: ARG001
+    def report(*_: object) -> None:
         seen.append(_clock())
         if len(seen) > most or (len(seen) > 3 and seen[-1] - seen[0] > SECONDS) or seen[-1] - seen[0] > 10 * SECONDS:
             raise _EnoughError
@@ -466,7 +466,7 @@ class _Measuring:
         priors = {name: self.stored.prior(name, vae) for name in self.experiment.priors}
         corrected = {name: prior for name, prior in priors.items() if not prior.exact}
         few = min(options.pool, 2**13)
-        pooling = {name: _timed(lambda prior=prior: fill_pool(vae, prior, 0, few)) for name, prior in corrected.items()}
+        pooling = {name: _timed(partial(fill_pool, vae, prior, 0, few)) for name, prior in corrected.items()}
 
         def seconds(samples: int, proposals: int, examples: int) -> float:
             counts = {

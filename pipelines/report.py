@@ -1,5 +1,6 @@
 """What the pipeline writes for people: one table of results, the claims' verdicts, figures, and the README's excerpt."""
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,9 @@ def _targets(table: pd.DataFrame, judged: Sequence[claims.Claim]) -> pd.Series:
                 rows = claims.rows_of(claim, subject, table).index
                 target[rows] = (target[rows] + " " + claim.id).str.strip()
     return target
+
+
+HEADLINES = r"loglik|loglik-gain(-sampler)?|truth-gap(-sampler)?|off-mode-share|fid-.*"
 
 
 @dataclass(frozen=True)
@@ -189,8 +193,24 @@ def _about_methods(frame: pd.DataFrame) -> Iterator[str]:
         yield f"Log-likelihoods were measured with S = {samples} importance samples on {n} examples."
 
 
+def headlines(frame: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
+    """By experiment, prior (and sampler) and metric, the numbers to compare between revisions, at the largest S, N and M."""
+    shown = results.headline(frame, largest_proposals=True)
+    shown = shown[shown.metric.str.fullmatch(HEADLINES) & shown.value.notna()]
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in shown.to_dict("records"):
+        whose = " by ".join(filter(None, (row["prior"], row["sampler"])))
+        found.setdefault(row["experiment"], {}).setdefault(whose, {})[row["metric"]] = float(f"{row['value']:.4g}")
+    return found
+
+
+def excerpt(verdicts: Sequence[claims.Verdict]) -> str:
+    """The README's: the claims that are decided."""
+    return claims.markdown([verdict for verdict in verdicts if verdict.word in ("reproduced", "contradicted")])
+
+
 def write(workspace: Workspace, table: pd.DataFrame, verdicts: Sequence[claims.Verdict]) -> list[Path]:
-    """Write results.csv, results.md, claims.md and the README's excerpt; returns their paths."""
+    """Write results.csv, results.md, metrics.json, claims.md and the README's excerpt; returns their paths."""
     frame = results.over_seeds(table)
     results.write(workspace.results, table)
     meanings = "".join(f"| `{name}` | {m.unit} | {m.better} | {m.meaning} |\n" for name, m in results.METRICS.items())
@@ -198,12 +218,13 @@ def write(workspace: Workspace, table: pd.DataFrame, verdicts: Sequence[claims.V
     text = "# Results\n\n" + "\n".join(tables(frame)) + "\n" + glossary
     written = {
         workspace.reports / "results.md": text,
+        workspace.reports / "metrics.json": json.dumps(headlines(frame), indent=1) + "\n",
         workspace.reports / "claims.md": claims.document(verdicts),
     }
     readme = workspace.root / "README.md"
     if readme.exists():
-        excerpt = claims.markdown([verdict for verdict in verdicts if verdict.tested])
-        written[readme] = MARKS.sub(lambda found: f"{found[1]}{excerpt}{found[2]}", readme.read_text(encoding="utf-8"))
+        shown = excerpt(verdicts)
+        written[readme] = MARKS.sub(lambda found: f"{found[1]}{shown}{found[2]}", readme.read_text(encoding="utf-8"))
     for path, content in written.items():
         write_text(path, content)
     return [workspace.results, *written]

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,25 @@ from runtime.identity import require_own_code
 
 if TYPE_CHECKING:
     from pipelines.plan import Plan
+
+SETTINGS = {
+    "train-vae": ("dataset", "images", "model", "train"),
+    "train-prior": ("priors",),
+    "sample": ("samplers", "sample"),
+    "evaluate": ("evaluate",),
+}
+"""Stages that are mirrored into MLflow, and which of an experiment's settings are logged there."""
+
+
+def _tracked(stage: Callable[..., Any]) -> Callable[..., Any]:
+    """A stage of an experiment, mirrored into MLflow while it runs."""
+
+    @wraps(stage)
+    def run(self: "Pipeline", name: str, *arguments: Any, **options: Any) -> Any:
+        with tracking.stage(self.root, stage.__name__.replace("_", "-"), name):
+            return stage(self, name, *arguments, **options)
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -67,7 +86,15 @@ class Pipeline:
         return experiment, [Recipe(raw, name, seed, self.root) for seed in experiment.seeds]
 
     def _run(self, stage: str, name: str, tasks: list[Task]) -> list[Any]:
-        return fanout.run(tasks, self.machine, self.workspace.progress / f"{stage}-{name}")
+        folder, experiment = self.workspace.progress / f"{stage}-{name}", self.config.experiment(name)
+        kind = next((known for known in SETTINGS if stage.startswith(known)), "evaluate")
+        known = json.loads(self.workspace.data(name).read_text()) if self.workspace.data(name).exists() else None
+        tracking.watch(
+            [_watched(kind, folder / f"{index}.json", **task.arguments) for index, task in enumerate(tasks)],
+            {key: value for key, value in plain(experiment).items() if key in SETTINGS[kind]},
+            None if known is None else (known["dataset"], known["digest"], self.workspace.data(name)),
+        )
+        return fanout.run(tasks, self.machine, folder)
 
     def plan(self, name: str) -> "Plan":
         """What the stages would take here, from a few measured steps; nothing is kept of them."""
@@ -89,6 +116,7 @@ class Pipeline:
             known["images"] = plain(experiment.shown)
         write_text(written, json.dumps(known) + "\n")
 
+    @_tracked
     def train_vae(self, name: str) -> None:
         """Stage 1: train the VAE of every seed."""
         experiment, seeds = self._seeds(name)
@@ -119,6 +147,7 @@ class Pipeline:
         require_writable(self.workspace.artifacts(name) / "vae")
         return import_nvae(recipes[next(iter(recipes)) if seed is None else seed], checkpoint)
 
+    @_tracked
     def train_prior(self, name: str) -> None:
         """Stage 2: learn every prior of every seed, its groups dealt over the shards; a base before what is put on it."""
         experiment, seeds = self._seeds(name)
@@ -152,6 +181,7 @@ class Pipeline:
             self.root, "train-prior", name, runs, {"priors": {k: plain(v) for k, v in experiment.priors.items()}}
         )
 
+    @_tracked
     def sample(self, name: str) -> None:
         """Draw samples of every prior by each of its samplers, for every seed."""
         experiment, seeds = self._seeds(name)
@@ -185,7 +215,9 @@ class Pipeline:
             _warn_of_collapse(
                 prior, sampler, [share for key, share in zip(keys, shares, strict=True) if key[1:] == (prior, sampler)]
             )
-        tracking.record(self.root, "sample", name, runs, {"sample": plain(experiment.sample)})
+        tracking.record(
+            self.root, "sample", name, runs, {"sample": plain(experiment.sample)}, partial(_grids, Stored(seeds[0]))
+        )
 
     def publish(self, name: str) -> list[Path]:
         """Write small copies of an experiment's trained files, to be kept under version control. Returns their paths."""
@@ -202,6 +234,7 @@ class Pipeline:
             checkpoints.publish(path, self.workspace.published(path))
         return sorted(self.workspace.published(path) for path in files)
 
+    @_tracked
     def evaluate(self, name: str, examples: int | None = None) -> Path:
         """Measure everything; the rows go to the experiment's own table.
 
@@ -286,6 +319,9 @@ class Pipeline:
         for name, experiment in config.experiments.items():
             written += figures.of_artifacts(Stored(Recipe(raw, name, experiment.seeds[0], self.root)), folder)
         figures.remove_stale(folder, written, config)
+        here = [name for name in config.experiments if (self.workspace.evaluation(name) / "results.csv").exists()]
+        kept = {name: {f"{name}-{kind}.png" for kind in page.FIGURES} for name in here}
+        tracking.attach(self.root, {name: [path for path in written if path.name in kept[name]] for name in here})
         reader = published.Reader(table, self._stale(config))
         return written + page.Report(self.workspace, config, table, frame, verdicts, tables, reader).write()
 
@@ -345,6 +381,21 @@ def _unnamed(folder: Path, levels: Sequence[Collection[str]]) -> Iterator[Path]:
             yield path
         elif path.is_dir() and len(levels) > 1:
             yield from _unnamed(path, levels[1:])
+
+
+def _watched(stage: str, progress: Path, recipe: Recipe, **arguments: Any) -> tracking.Watched:
+    """What the mirror knows of a task, from its arguments."""
+    experiment, prior = recipe.experiment, arguments.get("prior", "")
+    seed = recipe.vae_seed if stage == "train-vae" else recipe.seed
+    of_step = {"train-vae": experiment.train.batch, "sample": 1}
+    batch = getattr(experiment.priors[prior], "batch", None) if stage == "train-prior" else of_step.get(stage)
+    return tracking.Watched(progress, seed, "/".join(filter(None, (prior, arguments.get("sampler")))), batch)
+
+
+def _grids(stored: Stored, folder: Path) -> None:
+    from pipelines import figures
+
+    figures.grids(stored, folder)
 
 
 def _run_metric(row: results.Row) -> str:

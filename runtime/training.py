@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from runtime import checkpoints
 from runtime.errors import UserError
 from runtime.identity import Identity
-from runtime.progress import Report, silent
+from runtime.progress import Curves, Report, silent
 
 SAVE_SECONDS = 20.0
 SAVE_BYTES_A_SECOND = 10e6  # between rolling checkpoints, at most: some 3 % of what a disk takes, and 20 s up to 200 MB
@@ -347,6 +347,15 @@ def _note(active: Sequence[Trainee], values: Sequence[float]) -> str:
     return f"loss {sum(values) / len(values):.4f}{warning}"
 
 
+def _curves(active: Sequence[Trainee], values: Sequence[float]) -> Curves:
+    """Of every trainee its loss, its learning rate and its last held-out loss."""
+    return {
+        trainee.name: {"loss": value, "learning-rate": trainee.optimizer.param_groups[0]["lr"]}
+        | ({"held-out": trainee.held_out[-1][1]} if trainee.held_out else {})
+        for trainee, value in zip(active, values, strict=True)
+    }
+
+
 def train(
     trainees: Sequence[Trainee],
     steps: int,
@@ -393,7 +402,7 @@ def train(
             if held_out is not None and step + 1 in due:
                 for trainee, loss in zip(active, held_out(active), strict=True):
                     trainee.judge(loss)
-            report(step + 1, steps, _note(active, values))
+            report(step + 1, steps, _note(active, values), partial(_curves, active, values))
             saver.save_if_due(active)
     if any(trainee.over for trainee in waiting):
         report(steps, steps, "held-out losses have reached their plateau")

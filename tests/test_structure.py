@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import itertools
 import re
 import shlex
 import subprocess
@@ -132,8 +133,8 @@ def test_the_pins_hold_no_local_versions():
     assert not [line for line in lines if line.startswith(("nvidia-", "triton"))]
 
 
-def test_the_example_prior_of_the_readme_works_with_every_sampler(tmp_path, monkeypatch):
-    readme = (ROOT / "README.md").read_text()
+def test_the_example_prior_of_the_docs_works_with_every_sampler(tmp_path, monkeypatch):
+    readme = (ROOT / "docs" / "extending.md").read_text()
     code = re.search(r"```python\n# priors/(\w+)\.py\n(.*?)```", readme, re.DOTALL)
     line = re.search(r"`(\"\w+\": \w+,)`", readme)
     entry = yaml.safe_load(re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)[1])
@@ -179,14 +180,50 @@ def test_the_example_prior_of_the_readme_works_with_every_sampler(tmp_path, monk
 
 
 def test_the_readme_shows_what_the_pipeline_wrote():
-    from pipelines import claims
+    from pipelines import report
     from pipelines.stages import Pipeline
 
     readme = (ROOT / "README.md").read_text()
-    assert claims.markdown([verdict for verdict in Pipeline(ROOT).verdicts() if verdict.tested]) in readme
-    for figure in re.findall(r"\]\((reports/[^)]+\.png)\)", readme):
-        assert (ROOT / figure).exists()
+    assert report.excerpt(Pipeline(ROOT).verdicts()) in readme
     assert len(re.findall(r"\]\((reports/[^)]+\.png)\)", readme)) >= 2
+    assert len(readme.splitlines()) <= 150
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_what_a_page_links_to_is_there_and_what_it_says_to_run_can_be_run(path):
+    from typer.main import get_command
+
+    from pipelines.cli import app
+
+    def anchors(page):
+        return {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)", page, re.M)}
+
+    text = path.read_text()
+    for address in re.findall(r"\]\(([^)#]*#?[^)]*)\)", text):
+        name, _, anchor = address.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.exists(), address
+        assert not anchor or anchor in anchors(target.read_text()), address
+    commands = get_command(app).commands
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    for line in itertools.chain.from_iterable(block.splitlines() for block in blocks):
+        for part in re.split("&&|;", line.partition("#")[0]):
+            if re.match(r"\s*priorhole [a-z]", part):
+                _, name, *arguments = shlex.split(part)
+                found = commands[name].make_context(name, arguments)
+                assert found.params.get("experiment", "gaussians25") in PARAMS["experiments"], line
+
+
+def test_no_page_says_a_sentence_of_another():
+    said = {}
+    for path in PAGES:
+        prose = re.sub(r"```.*?```|^\|.*?$|^#.*?$|<!--.*?-->", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for sentence in re.split(r"(?<=[.:])\s+", " ".join(prose.split())):
+            if len(sentence) > 60:
+                assert said.setdefault(sentence, path.name) == path.name, sentence
 
 
 def test_the_project_speaks_of_itself_alone():

@@ -591,8 +591,8 @@ def test_a_folder_of_another_crop_is_refused_by_the_key_that_differs(celeba, tmp
             dataset.load("celeba64", tmp_path / "prepared" / "celeba64")
 
 
-def test_the_example_data_set_of_the_readme_is_one_entry(mirror, tmp_path, monkeypatch):
-    readme = (ROOT / "README.md").read_text()
+def test_the_example_data_set_of_the_docs_is_one_entry(mirror, tmp_path, monkeypatch):
+    readme = (ROOT / "docs" / "extending.md").read_text()
     code = re.search(r"```python\n(\"\w+\": DatasetSpec\(.*?)```", readme, re.DOTALL)[1]
     ((name, entry),) = eval("{" + code + "}", vars(registry)).items()
     assert name not in DATASETS

@@ -1,5 +1,6 @@
 """Bad input gets one line, exit code 2 and no traceback; good input gets its answer."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import yaml
 from started import PROGRESS
 from tiny import tiny, tiny_beyond, write_params
 
-from pipelines import cli
+from pipelines import cli, results
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -186,13 +187,38 @@ def test_a_dry_run_prints_the_resolved_configuration_and_writes_nothing(checkout
 
 def test_list_marks_what_a_plain_repro_runs(checkout, monkeypatch, capsys):
     write_params(checkout, changed("run", ["deep"]))
-    lines = call(monkeypatch, capsys, "list")[1].splitlines()
-    assert lines[0].startswith("  flat: gaussians25, mlp-vae, 2 seeds")
-    assert lines[1].startswith("* deep: digits")
+    flat, deep = (line for line in call(monkeypatch, capsys, "list")[1].splitlines() if "fetch, train-vae" in line)
+    assert re.search(r"  flat\s.*gaussians25\s.*mlp-vae\s.* 2 ", flat)
+    assert re.search(r"\* deep\s.*digits\s", deep)
+
+
+def measured(seed, **changes):
+    """A row of an experiment called flat."""
+    known = {
+        "experiment": "flat", "dataset": "gaussians25", "model": "mlp-vae/normal", "prior": "normal", "sampler": "",
+        "metric": "loglik", "samples": 4, "normaliser": 0, "proposals": 0, "step": 0, "value": -1.1, "stderr": 0.01, "n": 9,
+        "seed": seed, "vae_seed": seed, "seconds": 0.0, "device": "cpu", "precision": "fp32", "features": "", "target": "",
+        "revision": "r", "fingerprint": "",
+    }  # fmt: skip
+    return results.Row(**known | changes)
+
+
+def test_what_is_listed_and_shown_is_what_there_is(checkout, monkeypatch, capsys):
+    def answer(*arguments):
+        return json.loads(call(monkeypatch, capsys, *arguments, "--json")[1])
+
+    assert answer("list")[0]["missing"] == ["fetch", "train-vae", "train-prior", "sample", "evaluate"]
+    assert "run: priorhole fetch flat" in call(monkeypatch, capsys, "show", "flat")[1]
+    assert answer("show", "flat")["results"] == []
+    results.write(checkout / "reports" / "results.csv", results.frame([measured(seed) for seed in (0, 1)]))
+    assert "2 seeds, each with its own VAE" in call(monkeypatch, capsys, "show", "flat")[1]
+    (number,) = answer("show", "flat")["results"]
+    assert (number["metric"], number["seeds"], number["value"]) == ("loglik", 2, pytest.approx(-1.1))
+    assert call(monkeypatch, capsys, "--version")[1].startswith("priorhole 0.")
 
 
 def test_compare_exits_1_when_a_verdict_is_not_the_expected_one(checkout, monkeypatch, capsys):
-    from pipelines import fingerprints, results
+    from pipelines import fingerprints
     from pipelines.stages import Pipeline
 
     claim = {
@@ -205,12 +231,8 @@ def test_compare_exits_1_when_a_verdict_is_not_the_expected_one(checkout, monkey
     assert today is not None
 
     def compared(value, fingerprint=today):
-        row = results.Row(
-            experiment="flat", dataset="gaussians25", model="mlp-vae/normal", prior="ncp", sampler="",
-            metric="loglik-sampler", samples=4, normaliser=0, proposals=20, step=0, value=value, stderr=0.01, n=9, seed=0,
-            vae_seed=0, seconds=0.0, device="cpu", precision="fp32", features="", target="", revision="r",
-            fingerprint=fingerprint,
-        )  # fmt: skip
+        named = {"prior": "ncp", "metric": "loglik-sampler", "proposals": 20}
+        row = measured(0, **named, value=value, fingerprint=fingerprint)
         results.write(checkout / "reports" / "results.csv", results.frame([row]))
         code, out, _ = call(monkeypatch, capsys, "compare")
         return code, " ".join(out.split())

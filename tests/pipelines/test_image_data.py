@@ -203,7 +203,7 @@ def test_a_mixtures_levels_are_those_of_the_images():
     validate(found)
 
 
-def test_the_readmes_settings_of_images_are_valid():
-    readme = (ROOT / "README.md").read_text()
+def test_the_docs_settings_of_images_are_valid():
+    readme = (ROOT / "docs" / "extending.md").read_text()
     shown = yaml.safe_load(re.search(r"```yaml\n(dataset: .*?)```", readme, re.DOTALL)[1])
     assert validate(params(images=shown["images"])).experiments["faces"].shown.flip

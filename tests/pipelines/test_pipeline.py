@@ -295,10 +295,18 @@ def test_runs_are_mirrored_into_mlflow_and_its_failure_is_a_warning(checkout, mo
     Pipeline(checkout).train_vae("flat")
     client = mlflow.MlflowClient(f"sqlite:///{checkout}/mlruns.db")
     runs = client.search_runs([client.get_experiment_by_name("flat").experiment_id])
-    assert {run.data.tags["seed"] for run in runs} == {"0", "1"}
+    (parent,) = (run for run in runs if "seed" not in run.data.tags)
+    inside = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(run.data.tags["seed"] for run in inside) == ["0", "1"]
+    assert len(runs) == 3
     assert {run.data.tags["dvc.stage"] for run in runs} == {"train-vae@flat"}
-    assert runs[0].data.params["train.steps"] == "40"
-    assert len(client.get_metric_history(runs[0].info.run_id, "loss")) == 40
+    assert {run.inputs.dataset_inputs[0].dataset.name for run in runs} == {"gaussians25"}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert min(run.info.end_time - run.info.start_time for run in runs) > 100  # ms
+    assert inside[0].data.params["train.steps"] == "40"
+    assert len(client.get_metric_history(inside[0].info.run_id, "loss")) == 40
+    assert inside[0].data.metrics["learning-rate"] > 0
+    assert inside[0].data.metrics["kl/k00"] > 0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://store")
     capsys.readouterr()
     Pipeline(checkout).train_vae("flat")

@@ -1,5 +1,7 @@
 """Recording in MLflow: nothing is lost to a race or an odd path, and what fails costs seconds and one line."""
 
+import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -10,9 +12,11 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipelines import tracking
+from runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {0: {"loss": [[0, 1.5]]}}
@@ -32,8 +36,9 @@ def start(folder, experiment):
 
 
 def recorded(folder):
-    """Names of the experiments of the runs in a folder's store, sorted."""
-    query = "select e.name from runs r join experiments e on e.experiment_id = r.experiment_id order by e.name"
+    """Names of the experiments of the stages in a folder's store, sorted."""
+    inside = "select run_uuid from tags where key = 'mlflow.parentRunId'"
+    query = f"select e.name from runs r join experiments e using (experiment_id) where run_uuid not in ({inside}) order by 1"
     with sqlite3.connect(folder / "mlruns.db") as store:
         return [name for (name,) in store.execute(query)]
 
@@ -156,3 +161,64 @@ def test_a_stage_of_an_experiment_that_dvc_runs_in_a_copy_is_recorded_in_the_che
         words = command.format(dvc=f"{shlex.quote(sys.executable)} -m dvc")
         subprocess.run(words, shell=True, cwd=tmp_path, env=environment, check=True, timeout=200)
     assert recorded(tmp_path) == ["deep", "flat"]
+
+
+def watched(folder, done):
+    """A task of seed 0 that has made so many of 10 steps."""
+    path = folder / "0.json"
+    curves = {"vae": {"loss": 1 / done}, "group 3": {"loss": 2.0}}
+    path.write_text(json.dumps({"done": done, "total": 10, "note": "", "curves": curves, "pace": 3.0, "remaining": 1.0}))
+    return tracking.Watched(path, 0, "ncp", 4)
+
+
+def mirrored(folder, done, error=None, settings=None):
+    """A stage that ends after so many steps, well or by an error."""
+    with contextlib.suppress(UserError), tracking.stage(folder, "train-prior", "flat"):
+        tracking.watch([watched(folder, done)], settings or {"steps": 10}, None)
+        if error is not None:
+            raise UserError(error)
+
+
+def test_a_stage_that_failed_says_why_and_goes_on_in_the_same_run(used, tmp_path):
+    import mlflow
+
+    shutil.copy(used, tmp_path / "mlruns.db")
+    client = mlflow.MlflowClient(tracking.store(tmp_path))
+
+    def runs():
+        identifier = client.get_experiment_by_name("flat").experiment_id
+        found = client.search_runs([identifier], "tags.`dvc.stage` = 'train-prior@flat'", order_by=["start_time"])
+        return {run.info.run_name: run for run in found}
+
+    mirrored(tmp_path, 4, "the loss is not finite\nat step 4")
+    failed = runs()
+    assert {run.info.status for run in failed.values()} == {"FAILED"}
+    assert failed["train-prior"].data.tags["mlflow.note.content"].startswith("the loss is not finite")
+    mirrored(tmp_path, 4, settings={"steps": 20})  # another one, which ends well
+    mirrored(tmp_path, 10)
+    again = client.get_run(failed["train-prior seed 0"].info.run_id)
+    assert again.info.status == "FINISHED"
+    steps = [point.step for point in client.get_metric_history(again.info.run_id, "ncp/loss")]
+    assert sorted(steps) == [3, 9]
+    assert again.data.metrics["ncp/loss/k03"] == 2.0
+    assert again.data.metrics["ncp/images-a-second"] == 12.0
+    assert len(client.search_runs([again.info.experiment_id], "tags.`dvc.stage` = 'train-prior@flat'")) == 4
+
+
+def test_a_run_whose_process_was_killed_is_ended_unless_it_is_gone_on_with(used, tmp_path):
+    import mlflow
+
+    shutil.copy(used, tmp_path / "mlruns.db")
+    client = mlflow.MlflowClient(tracking.store(tmp_path))
+    identifier = client.get_experiment_by_name("flat").experiment_id
+    dead = f"{socket.gethostname()} {2**22} 1"
+    tags = {"dvc.stage": "train-prior@flat", "priorhole.process": dead, "priorhole.settings": "other"}
+    killed = client.create_run(identifier, tags=tags).info.run_id
+    running = client.create_run(identifier, tags=tags | {"priorhole.process": process_of(os.getppid())}).info.run_id
+    mirrored(tmp_path, 10)
+    assert client.get_run(killed).info.status == "KILLED"
+    assert client.get_run(running).info.status == "RUNNING"
+
+
+def process_of(number):
+    return f"{socket.gethostname()} {number} {psutil.Process(number).create_time():.0f}"

@@ -23,7 +23,8 @@ def at(monkeypatch, tmp_path):
 
 
 def test_the_pace_is_that_of_this_process(at):
-    assert at(0, 51, note="resumed") == {"done": 51, "total": 100, "note": "resumed", "remaining": None}
+    begun = {"done": 51, "total": 100, "note": "resumed", "curves": {}, "pace": None, "remaining": None}
+    assert at(0, 51, note="resumed") == begun
     assert at(10, 61)["remaining"] == pytest.approx(39)
     assert at(20, 100)["remaining"] == 0
 

@@ -80,7 +80,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=address)
-        self._await(lambda found: found.get("method") == "Page.loadEventFired")
+        self._await(lambda found: found.get("method") in ("Page.loadEventFired", "Page.navigatedWithinDocument"))
 
     def value(self, expression):
         """Of a JavaScript expression; of a promise, what it comes to."""
