@@ -189,13 +189,13 @@ def train_prior(
     _show(experiment) if dry_run else _pipeline(threads, workers, shards, gpus).train_prior(experiment)
 
 
-@app.command(epilog="Example: priorhole sample mnist-nvae-lite")
+@app.command(epilog="Example: priorhole sample digits-nvae")
 def sample(experiment: Name, threads: Threads = 1, workers: Workers = 0, gpus: Gpus = 0.0, dry_run: DryRun = False) -> None:
     """Draw from every prior by each of its samplers. Goes on from where it was stopped."""
     _show(experiment) if dry_run else _pipeline(threads, workers, gpus=gpus).sample(experiment)
 
 
-@app.command(epilog="Example: priorhole evaluate mnist-nvae-lite --images 500")
+@app.command(epilog="Example: priorhole evaluate digits-nvae --images 100")
 def evaluate(
     experiment: Name,
     threads: Threads = 1,
