@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 import time
 
 import pytest
@@ -75,3 +76,88 @@ def test_two_workers_that_start_anew_find_all_of_it_done(sampled, monkeypatch):
     pipeline.sample("deep")
     assert numbers(pipeline.evaluate("deep")).equals(table)
     assert {path: path.stat().st_mtime_ns for path in (folder / "artifacts" / "deep").rglob("*.safetensors")} == files
+
+
+def seen_gpus(report, folder, name, seconds=1.0):
+    """What a task sees of the GPUs; it stays until another one is there too, or for ``seconds``."""
+    import ray
+
+    on_ray = ray.is_initialized()
+    gpus = ",".join(ray.get_runtime_context().get_accelerator_ids()["GPU"]) if on_ray else os.environ["CUDA_VISIBLE_DEVICES"]
+    (folder / name).touch()
+    until = time.monotonic() + seconds
+    while len(list(folder.iterdir())) < 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    return gpus
+
+
+def gpu_tasks(folder, count=2):
+    folder.mkdir()
+    return [Task(f"task {n}", seen_gpus, {"folder": folder, "name": str(n), "seconds": 60.0}) for n in range(count)]
+
+
+def test_workers_here_have_a_gpu_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "gpus", lambda: ["3", "5"])
+    assert sorted(fanout.run(gpu_tasks(tmp_path / "a"), Machine(workers=8), tmp_path / "p")) == ["3", "5"]
+
+
+@pytest.mark.parametrize(
+    ("present", "gpus", "places"),
+    [
+        ([], 0, []),
+        (["0", "1"], 0, ["0", "1"]),
+        (["0", "1"], 0.5, ["0", "1", "0", "1"]),
+        (["0", "1", "4", "5", "6"], 2, ["0,1", "4,5"]),
+    ],
+)
+def test_places_of_workers(present, gpus, places):
+    assert fanout._places(present, Machine(gpus=gpus)) == places
+
+
+def test_gpus_that_this_machine_lacks_are_said_at_once(tmp_path):
+    with pytest.raises(UserError, match="each task asks for 1 GPU, this machine has 0"):
+        fanout.run([Task("a", seen_gpus, {})], Machine(gpus=1), tmp_path)
+
+
+def failing(report):
+    raise UserError("it failed")
+
+
+def test_what_comes_after_a_failed_task_is_not_begun(tmp_path):
+    tasks = [Task("a", failing, {}), Task("b", seen_gpus, {}, after=[0]), Task("c", seen_gpus, {}, after=[1])]
+    with pytest.raises(UserError, match="it failed"):
+        fanout.run(tasks, Machine(workers=2), tmp_path / "p")
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Two nodes with a CPU and a logical GPU each, named by RAY_ADDRESS; the second can be removed."""
+    cluster = pytest.importorskip("ray.cluster_utils").Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1}
+    )
+    cluster.second = cluster.add_node(num_cpus=1, num_gpus=1)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield cluster
+    cluster.shutdown()
+
+
+def test_two_nodes_share_a_seed_with_a_gpu_a_task_and_outlive_one_of_them(sampled, cluster, tmp_path):
+    folder, table, _ = sampled
+    machine = Machine(ray=True, gpus=1)
+    # Each of two tasks waits for the other: both run at a time, on GPUs of different nodes.
+    fanout.run(gpu_tasks(tmp_path / "gpus"), machine, tmp_path / "p")
+    gone = []
+
+    def remove():
+        progress = folder / "artifacts" / ".progress"
+        until = time.monotonic() + 100
+        while time.monotonic() < until and len(list(progress.rglob("*.done"))) < 2:
+            time.sleep(0.02)
+        cluster.remove_node(cluster.second, allow_graceful=False)
+        gone.append(True)
+
+    leaving = threading.Thread(target=remove)
+    leaving.start()
+    assert again(folder, machine).equals(table)
+    leaving.join()
+    assert gone
