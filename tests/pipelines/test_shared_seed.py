@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import threading
 import time
 
@@ -144,6 +145,9 @@ def cluster(monkeypatch):
 def test_two_nodes_share_a_seed_with_a_gpu_a_task_and_outlive_one_of_them(sampled, cluster, tmp_path):
     folder, table, _ = sampled
     machine = Machine(ray=True, gpus=1)
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the nodes do not have the tests on their path
     # Each of two tasks waits for the other: both run at a time, on GPUs of different nodes.
     fanout.run(gpu_tasks(tmp_path / "gpus"), machine, tmp_path / "p")
     gone = []
