@@ -33,6 +33,7 @@ from models import registry as models
 from models.folding import folded
 from models.protocol import HierarchicalVAE
 from models.trainer import evidence, train_vae
+from pipelines import results
 from pipelines.fanout import Machine
 from pipelines.recipe import Recipe
 from pipelines.samples import latent_rows, rows_per_file
@@ -343,13 +344,19 @@ class _Measuring:
         return self._stage("train-prior", tasks, self._seeds * seconds, self._seeds * disk, memory, basis)
 
     def _steps_made(self, name: str, options: TrainedPrior.Options) -> float:
-        """How many a trained or published prior took, if there is one; else as many as it may take."""
+        """How many it took, of a trained or published prior, or as the results say; else as many as it may take."""
         made = []
         for seed in self.experiment.seeds:
             path = self.recipe.trained_file(self.recipe.workspace.prior(self.recipe.name, name, seed, self.groups - 1))
             with suppress(UserError):
                 made.append(checkpoints.load_document(path, "")["step"])
-        return sum(made) / len(made) if made else options.steps
+        if not made and self.recipe.workspace.results.exists():
+            known = results.read(self.recipe.workspace.results, "priorhole report")
+            of_all_groups = (
+                (known.experiment == self.recipe.name) & (known.prior == name) & (known.metric == "train-seconds")
+            )
+            made = list(known[of_all_groups].n / self.groups)
+        return min(options.steps, sum(made) / len(made)) if made else options.steps
 
     def _prior_step(self, name: str, options: TrainedPrior.Options, basis: list[str]) -> float:
         """Seconds of a step of all groups, with its share of the held-out checks."""
@@ -373,7 +380,7 @@ class _Measuring:
             step = _paced(lambda report: learn(base, slots(), data, report)) * options.batch / few
         basis.append("steps at full batch" if few == options.batch else f"steps of {few} examples, scaled")
         if options.schedule == "plateau":
-            basis.append("at most, since training ends at a plateau, unless a trained prior says when")
+            basis.append("at most, since training ends at a plateau, unless a trained prior or the results say when")
         # A check is a forward pass of the held-out examples, about a third of as many steps' work.
         checked = -(-options.held_out // options.batch) / 3
         return step * (1 + options.checks * checked / options.steps)
