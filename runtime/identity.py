@@ -42,7 +42,7 @@ SAME_NUMBERS = {
     "c0c26bce6390a388": "99e61cf451017ef9",  # priors.gmm: draws in parts that fit a memory
     "34380c73d1763a4b": "06f37b447cc1aee0",  # priors.protocol: fits to posterior means too
     "5cf6d6b8f5dba651": "ca3329d4c0473080",  # priors.sampling: decoding has a function of its own
-    "338ecebd5c3038a9": "c3687b76835e918d",  # priors.trainer: reads what it needs; fits to means; one wait for a device a step
+    "338ecebd5c3038a9": "c3687b76835e918d",  # priors.trainer: reads what it needs; fits to means; a wait for a device a step
     "7fe53e3e34e25f38": "3dbeda7e8161256f",  # runtime.hardware: waits for the device before a clock is read; no TF32
     "975910838ecbfac6": "d62cb38a16403658",  # runtime.training: checkpoints in the background; one transfer of losses a step
 }

@@ -29,7 +29,7 @@ def furnish(folder):
         shutil.copy(ROOT / "reports" / name, folder / "reports")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """An MLflow store without runs: to make one takes MLflow longer than most tests."""
 
@@ -41,7 +41,7 @@ def store(tmp_path_factory):
     return shared(tmp_path_factory, "store", make) / "mlruns.db"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(tmp_path_factory, store):
     """A checkout in which every stage of both tiny experiments is done, and the report."""
 
