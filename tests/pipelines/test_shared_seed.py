@@ -17,6 +17,9 @@ from pipelines.stages import Pipeline
 from runtime import checkpoints, hardware
 from runtime.errors import UserError
 
+DRAWN = ("samples", "measured", "evaluation")
+"""Folders of what is made of trained files."""
+
 
 @pytest.fixture
 def sampled(done, monkeypatch):
@@ -28,7 +31,8 @@ def sampled(done, monkeypatch):
     deep = params["experiments"]["deep"]
     deep |= {"seeds": [0], "sample": deep["sample"] | {"images": 130, "rows_per_file": 100}}
     write_params(done, params)
-    shutil.rmtree(done / "artifacts" / "deep" / "samples")
+    for folder in DRAWN:
+        shutil.rmtree(done / "artifacts" / "deep" / folder)
     pipeline = Pipeline(done)
     for stage in (pipeline.train_vae, pipeline.train_prior, pipeline.sample):  # what is of the other seed is moved aside
         stage("deep")
@@ -53,7 +57,7 @@ def numbers(path):
 
 def again(folder, machine):
     """Sampling and measuring once more, from nothing but what was trained."""
-    for gone in ("samples", "evaluation", "measured"):
+    for gone in DRAWN:
         shutil.rmtree(folder / "artifacts" / "deep" / gone)
     pipeline = Pipeline(folder, machine)
     pipeline.sample("deep")
