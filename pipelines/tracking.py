@@ -363,7 +363,7 @@ def _ready(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     import mlflow
 
-    for chatty, level in (("alembic", logging.WARNING), ("mlflow", logging.WARNING), ("urllib3", logging.ERROR)):
+    for chatty, level in (("alembic", logging.WARNING), ("mlflow", logging.CRITICAL), ("urllib3", logging.ERROR)):
         logging.getLogger(chatty).setLevel(level)
     return mlflow.MlflowClient(uri)
 
