@@ -365,7 +365,7 @@ def _by_group(experiment: str, frame: pd.DataFrame) -> Figure | None:
 
 def _beside(count: int) -> np.ndarray:
     """Where several whiskers of one group stand, so that none hides another: within 0.3 of it."""
-    return np.linspace(-0.3, 0.3, count) if count > 1 else np.zeros(1)
+    return np.linspace(-0.3, 0.3, count) if count > 1 else np.zeros(count)
 
 
 def _gain_against_base(dataset: str, frame: pd.DataFrame) -> Figure | None:
