@@ -154,11 +154,11 @@ class _Mirror:
             self._failure = first_line(error)
 
     def end(self) -> None:
-        """The stage has ended: so does the mirror, with a warning if it could not write."""
+        """The stage has ended: so does the mirror, with a warning if it could not write of a stage that did what it should."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
-            if self._failure is not None:
+            if self._failure is not None and self.stage.error is None:  # a failed stage has its own line, of the same disk
                 _say(self._failure)
 
     def warn(self, write: Callable[[], None]) -> None:
