@@ -154,7 +154,7 @@ class _Mirror:
             self._failure = first_line(error)
 
     def end(self) -> None:
-        """The stage has ended: so does the mirror, with a warning if it could not write of a stage that did what it should."""
+        """The stage has ended: so does the mirror, with a warning if it could not write of a whole one."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
