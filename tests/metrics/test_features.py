@@ -1,14 +1,11 @@
 import hashlib
-import io
 import re
 import sys
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
-from torch.nn import functional
+from worsened import worsened
 
 from metrics import features, frechet
 from metrics.features import CleanFID, EfficientNetLite, Labelled, OwnClassifier, PytorchFID
@@ -136,23 +133,12 @@ def patches(photo, count, seed):
     return torch.stack([whole[:, y : y + 64, x : x + 64] for y, x in corners])
 
 
-def compressed(image):
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=30)
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
-
-
 def test_efficientnet_puts_what_looks_worse_farther_from_the_real():
     """Real against real, compressed, blurred, noised: in that order; and another subject's share as it grows."""
     china, flower = load_sample_images().images
-    count = 50
+    count = 100
     reference, real, other = patches(china, count, 0), patches(china, count, 1), patches(flower, count, 2)
-    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(3))
-    kinds = {
-        "real": real / 255,
-        "compressed": torch.stack([compressed(image) for image in real]) / 255,
-        "blurred": functional.avg_pool2d(real / 255, 5, stride=1, padding=2, count_include_pad=False),
-        "noised": real / 255 + 0.3 * noise,
+    kinds = worsened(real, 3) | {
         "a tenth other": torch.cat([real[: -count // 10], other[: count // 10]]) / 255,
         "all other": other / 255,
     }

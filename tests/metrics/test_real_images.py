@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.nn import functional
+from worsened import worsened
 
 from datasets import dataset
 from datasets.mnist import MIRROR
@@ -50,12 +50,6 @@ def read(archive, names):
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
-def compressed(image):
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=15)
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
-
-
 def test_efficientnet_puts_what_looks_worse_farther_from_real_images():
     """Real, compressed, blurred, noised: in that order; and another mix of classes farther than the same one."""
     archive = MIRRORED / "cifar10-jpeg" / "test.zip"
@@ -67,14 +61,7 @@ def test_efficientnet_puts_what_looks_worse_farther_from_real_images():
         return read(archive, [f"test/{kind}/{number:04d}.jpg" for kind in chosen for number in numbers])
 
     reference, real = of(classes, range(30)), of(classes, range(30, 60))
-    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
-    kinds = {
-        "real": real / 255,
-        "compressed": torch.stack([compressed(image) for image in real]) / 255,
-        "blurred": functional.avg_pool2d(real / 255, 5, stride=1, padding=2, count_include_pad=False),
-        "noised": real / 255 + 0.3 * noise,
-        "half of the classes": of(classes[:5], range(30, 90)) / 255,
-    }
+    kinds = worsened(real, 0) | {"half of the classes": of(classes[:5], range(30, 90)) / 255}
     network = EfficientNetLite()
     first = network(reference / 255)
     found = {name: distance(first, network(images)) for name, images in kinds.items()}
