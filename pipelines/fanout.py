@@ -82,6 +82,11 @@ class Task:
     after: Sequence[int] = ()
 
 
+def progress_file(folder: Path, index: int) -> Path:
+    """What the task of that position in the list writes its progress to."""
+    return folder / f"{index}.json"
+
+
 def run(tasks: Sequence[Task], machine: Machine, folder: Path) -> list[Any]:
     """Run all tasks and return their results in order.
 
@@ -94,7 +99,7 @@ def run(tasks: Sequence[Task], machine: Machine, folder: Path) -> list[Any]:
         UserError: from a task, once the others have ended; or a worker was killed; or the cluster lacks the GPUs.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    calls = [(task, folder / f"{index}.json", machine.threads) for index, task in enumerate(tasks)]
+    calls = [(task, progress_file(folder, index), machine.threads) for index, task in enumerate(tasks)]
     places = [] if machine.on_ray else _places(hardware.gpus(), machine)
     with _shown([(task.name, path) for task, path, _ in calls]):
         if machine.on_ray:
@@ -268,11 +273,10 @@ def _state(path: Path) -> dict[str, Any] | None:
 
 def _overall(paths: Sequence[Path], seconds: float) -> tuple[int, int, int, float | None]:
     """Of all tasks: how many are done, running and failed, and the seconds that the rest takes at the pace so far."""
-    done, failed = (sum(path.with_suffix(f".{how}").exists() for path in paths) for how in ("done", "failed"))
-    ended = [path.with_suffix(".done").exists() or path.with_suffix(".failed").exists() for path in paths]
-    states = [state for path, over in zip(paths, ended, strict=True) if not over and (state := _state(path))]
-    made = done + failed + sum(state["done"] / max(1, state["total"]) for state in states)
-    return done, len(states), failed, seconds / made * (len(paths) - made) if made else None
+    done, failed = ({path for path in paths if path.with_suffix(f".{how}").exists()} for how in ("done", "failed"))
+    states = [state for path in paths if path not in done | failed and (state := _state(path))]
+    made = len(done) + len(failed) + sum(state["done"] / max(1, state["total"]) for state in states)
+    return len(done), len(states), len(failed), seconds / made * (len(paths) - made) if made else None
 
 
 def _bars(tasks: Sequence[tuple[str, Path]], stop: threading.Event) -> None:

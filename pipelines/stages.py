@@ -85,13 +85,14 @@ class Pipeline:
         blueprint.check(name, experiment)
         return experiment, [Recipe(raw, name, seed, self.root) for seed in experiment.seeds]
 
-    def _run(self, stage: str, name: str, tasks: list[Task]) -> list[Any]:
+    def _run(self, stage: str, name: str, tasks: list[Task], **asked: Any) -> list[Any]:
+        """The results of a stage's tasks; ``asked``: what the command was asked for, beside the experiment's settings."""
         folder, experiment = self.workspace.progress / f"{stage}-{name}", self.config.experiment(name)
         kind = next((known for known in SETTINGS if stage.startswith(known)), "evaluate")
         known = json.loads(self.workspace.data(name).read_text()) if self.workspace.data(name).exists() else None
         tracking.watch(
-            [_watched(kind, folder / f"{index}.json", **task.arguments) for index, task in enumerate(tasks)],
-            {key: value for key, value in plain(experiment).items() if key in SETTINGS[kind]},
+            [_watched(kind, fanout.progress_file(folder, index), **task.arguments) for index, task in enumerate(tasks)],
+            {key: value for key, value in plain(experiment).items() if key in SETTINGS[kind]} | asked,
             None if known is None else (known["dataset"], known["digest"], self.workspace.data(name)),
         )
         return fanout.run(tasks, self.machine, folder)
@@ -131,9 +132,7 @@ class Pipeline:
             recipe.vae_seed: {"loss": document["history"], "train-seconds": document["seconds"]}
             for recipe, document in zip(seeds, documents, strict=True)
         }
-        tracking.record(
-            self.root, "train-vae", name, runs, {"model": plain(experiment.model), "train": plain(experiment.train)}
-        )
+        tracking.record(runs)
 
     def import_nvae(self, name: str, checkpoint: Path, seed: int | None) -> Path:
         """In place of stage 1: the VAE of one seed from a checkpoint of NVAE's released code. Returns what was written."""
@@ -177,9 +176,7 @@ class Pipeline:
                 ]
         self._run("train-prior", name, tasks)
         runs = {recipe.seed: _learning_curves(Stored(recipe), experiment, groups) for recipe in seeds}
-        tracking.record(
-            self.root, "train-prior", name, runs, {"priors": {k: plain(v) for k, v in experiment.priors.items()}}
-        )
+        tracking.record(runs)
 
     @_tracked
     def sample(self, name: str) -> None:
@@ -215,9 +212,7 @@ class Pipeline:
             _warn_of_collapse(
                 prior, sampler, [share for key, share in zip(keys, shares, strict=True) if key[1:] == (prior, sampler)]
             )
-        tracking.record(
-            self.root, "sample", name, runs, {"sample": plain(experiment.sample)}, partial(_grids, Stored(seeds[0]))
-        )
+        tracking.record(runs, partial(_grids, Stored(seeds[0])))
 
     def publish(self, name: str) -> list[Path]:
         """Write small copies of an experiment's trained files, to be kept under version control. Returns their paths."""
@@ -255,14 +250,14 @@ class Pipeline:
         for path in _unnamed(self.workspace.measured(name), [kept, {f"seed-{seed}" for seed in experiment.seeds}]):
             shutil.rmtree(path)  # features of what is gone, to be had again
         tasks = evaluation.tasks(seeds, examples, self.machine.shares)
-        found = self._run("evaluate", name, tasks)[-len(seeds) :]
+        found = self._run("evaluate", name, tasks, examples=examples)[-len(seeds) :]
         path = self.workspace.evaluation(name) / ("results.csv" if examples is None else f"results-{examples}.csv")
         results.write(path, results.frame([row for rows in found for row in rows]))
         runs = {
             recipe.seed: {_run_metric(row): row.value for row in rows if not row.step}
             for recipe, rows in zip(seeds, found, strict=True)
         }
-        tracking.record(self.root, "evaluate", name, runs, {"evaluate": plain(experiment.evaluate), "examples": examples})
+        tracking.record(runs)
         return path
 
     def verify(self, name: str) -> tuple[int, int]:

@@ -115,20 +115,9 @@ def watch(tasks: Sequence[Watched], settings: Mapping[str, Any], dataset: tuple[
         mirror.start()
 
 
-def record(
-    root: Path,
-    stage: str,
-    experiment: str,
-    runs: Mapping[int, Mapping[str, Any]],
-    settings: Mapping[str, Any],
-    pictures: Callable[[Path], Any] | None = None,
-) -> None:
-    """What a stage, the current one or one that has ended, comes to: see :class:`Stage`."""
-    mirror = _current.get()
-    if mirror is None:
-        mirror = _Mirror(Stage(root, stage, experiment, settings, runs=runs))
-        mirror.warn(mirror.write)
-    else:
+def record(runs: Mapping[int, Mapping[str, Any]], pictures: Callable[[Path], Any] | None = None) -> None:
+    """What the current stage comes to (:class:`Stage`); without a stage, nothing is mirrored."""
+    if (mirror := _current.get()) is not None:
         mirror.stage.runs, mirror.stage.pictures = runs, pictures
 
 
@@ -150,7 +139,7 @@ class _Mirror:
     def _in_thread(self) -> None:
         try:
             self.write()
-        except BaseException as error:  # nothing of it is the stage's
+        except BaseException as error:  # a full disk, an unreachable server, a broken store: the stage's files are safe
             self._failure = first_line(error)
 
     def end(self) -> None:
@@ -159,15 +148,7 @@ class _Mirror:
         if self._thread is not None:
             self._thread.join()
             if self._failure is not None and self.stage.error is None:  # a failed stage has its own line, of the same disk
-                _say(self._failure)
-
-    def warn(self, write: Callable[[], None]) -> None:
-        """Write here and now, of a stage that has ended; whatever goes wrong is a warning."""
-        self._ended.set()
-        try:
-            write()
-        except Exception as error:  # a full disk, an unreachable server, a broken store: the stage's files are safe
-            _say(first_line(error))
+                print(f"warning: this stage was not recorded in MLflow: {self._failure}", file=sys.stderr)
 
     def write(self) -> None:
         """Write until the stage has ended."""
@@ -176,10 +157,6 @@ class _Mirror:
             written.look()
         written.look()
         written.finish()
-
-
-def _say(why: str) -> None:
-    print(f"warning: this stage was not recorded in MLflow: {why}", file=sys.stderr)
 
 
 class _Written:

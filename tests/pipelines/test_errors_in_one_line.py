@@ -1,6 +1,7 @@
 """Other people's exceptions, whatever their message, become one line that says something."""
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,10 @@ def raising(error):
     return fail
 
 
-RUN = {0: {"loss": [[0, 1.5]]}}
+def record(folder):
+    with tracking.stage(folder, "train-vae", "flat"):
+        tracking.watch([], {}, None)
+        tracking.record({0: {"loss": [[0, 1.5]]}})
 
 
 @pytest.mark.parametrize("base", [Exception, OSError, UserError, RecursionError])
@@ -66,7 +70,7 @@ def test_whatever_goes_wrong_in_recording_is_one_warning(kind, base, tmp_path, m
     import mlflow
 
     monkeypatch.setattr(mlflow, "MlflowClient", raising(odd(kind, base)))
-    tracking.record(tmp_path, "train-vae", "flat", RUN, {})
+    record(tmp_path)
     said = capsys.readouterr().err
     assert said == f"warning: this stage was not recorded in MLflow: {MESSAGES[kind][1]}\n"
 
@@ -75,9 +79,14 @@ def test_whatever_goes_wrong_in_recording_is_one_warning(kind, base, tmp_path, m
 def test_who_stops_a_stage_while_it_records_stops_it(stop, tmp_path, monkeypatch):
     import mlflow
 
-    monkeypatch.setattr(mlflow, "MlflowClient", raising(stop()))
-    with pytest.raises(stop):
-        tracking.record(tmp_path, "train-vae", "flat", RUN, {})
+    monkeypatch.setattr(mlflow, "MlflowClient", raising(OSError()))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", raising(stop()))  # a stage waits there for what is written
+        with pytest.raises(stop):
+            record(tmp_path)
+    for thread in threading.enumerate():
+        if thread.name == "mlflow":
+            thread.join()
 
 
 @pytest.mark.parametrize("kind", MESSAGES)

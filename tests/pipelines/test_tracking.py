@@ -24,8 +24,16 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from pipelines import tracking
-tracking.record(Path.cwd(), "train-vae", sys.argv[1], {0: {"loss": [[0, 1.5]]}}, {})
+with tracking.stage(Path.cwd(), "train-vae", sys.argv[1]):
+    tracking.watch([], {}, None)
+    tracking.record({0: {"loss": [[0, 1.5]]}})
 """
+
+
+def record(folder, experiment):
+    with tracking.stage(folder, "train-vae", experiment):
+        tracking.watch([], {}, None)
+        tracking.record(RUN)
 
 
 def start(folder, experiment):
@@ -83,7 +91,7 @@ def test_the_store_lies_in_the_checkout_whatever_its_path(name, variable, used, 
     monkeypatch.chdir(folder)
     if variable is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
-    tracking.record(folder, "train-vae", "deep", RUN, {})
+    record(folder, "deep")
     assert not capsys.readouterr().err
     assert recorded(folder) == ["deep", "flat"]
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -96,12 +104,12 @@ def test_an_experiment_deleted_in_the_ui_is_recorded_again_by_the_command_that_t
     shutil.copy(used, tmp_path / "mlruns.db")
     client = mlflow.MlflowClient(tracking.store(tmp_path))
     client.delete_experiment(client.get_experiment_by_name("flat").experiment_id)
-    tracking.record(tmp_path, "train-vae", "flat", RUN, {})
+    record(tmp_path, "flat")
     says, _, command = warned(capsys).partition(": ")
     assert says == "its experiment flat was deleted there; to record it again"
     subprocess.run(command.replace("mlflow ", f"{shlex.quote(sys.executable)} -m mlflow "), shell=True, check=True)
     before = recorded(tmp_path)
-    tracking.record(tmp_path, "train-vae", "flat", RUN, {})
+    record(tmp_path, "flat")
     assert recorded(tmp_path) == [*before, "flat"]
 
 
@@ -127,7 +135,7 @@ def silent():
 def test_a_server_without_answers_is_asked_twice_at_most(silent, tmp_path, monkeypatch, capsys):
     port, taken = silent
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    tracking.record(tmp_path, "train-vae", "flat", RUN, {})
+    record(tmp_path, "flat")
     warned(capsys)
     assert 1 <= len(taken) <= 2
     assert int(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) <= 30
@@ -146,8 +154,8 @@ def test_a_broken_store_is_tried_once(damage, tmp_path, monkeypatch, capsys):
     else:
         (tmp_path / "file").touch()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/file/mlruns.db")
-    tracking.record(tmp_path, "train-vae", "flat", RUN, {})
-    warned(capsys)
+    record(tmp_path, "flat")
+    assert "MLflow tries again" not in warned(capsys)
 
 
 def test_a_stage_of_an_experiment_that_dvc_runs_in_a_copy_is_recorded_in_the_checkout(used, tmp_path):
