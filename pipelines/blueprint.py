@@ -29,7 +29,7 @@ STAND_IN = 4
 """Latent and context variables of the small group on which is tried what cannot be built without numbers."""
 
 
-class _Shapes(Noise):
+class Shapes(Noise):
     """A source of noise that has shapes alone."""
 
     def __init__(self) -> None:
@@ -62,12 +62,8 @@ def check(name: str, experiment: Experiment) -> None:
             tried = set()
             for group in layout:
                 method = PRIORS[options.method] if group.k in (options.groups or [group.k]) else GroupPrior
-                kind = (
-                    method,
-                    group.k == 0,
-                    group.latent,
-                    group.context,
-                )  # a group is built by its shapes, the first by itself
+                # A group is built by its shapes, the first by itself.
+                kind = (method, group.k == 0, group.latent, group.context)
                 if kind not in tried:
                     with _named(f"experiments.{name}.priors.{prior}"):
                         _try(method, options, group)
@@ -113,7 +109,7 @@ def _vae(key: str, experiment: Experiment) -> HierarchicalVAE:
         if decoded.mean.shape != (2, *shape):
             raise ValueError(f"it decodes to {tuple(decoded.mean.shape[1:])}, the data are {shape}")
     with _named(f"{key}.train.batch"), torch.device("meta"):
-        evidence(model.train(), torch.empty(experiment.train.batch, *shape), [_Shapes()] * model.groups)
+        evidence(model.train(), torch.empty(experiment.train.batch, *shape), [Shapes()] * model.groups)
     if experiment.sample.readjust:
         with _named(f"{key}.sample.batch"), torch.device("meta"):
             model.decode(descend(model, experiment.sample.batch, lambda k, context: model.prior(k, context).mean))

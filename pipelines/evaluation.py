@@ -355,18 +355,17 @@ class Evaluation:
         """FID and KID of a prior's samples by their features (n, d) in one network; ``common``: columns of the rows."""
         network, experiment, n = features.network, self.stored.recipe.experiment, len(seen)
         settings, options, source = experiment.sample, experiment.evaluate, self.stored.dataset.provenance.get("source")
-        reference = features.of_data(options.reference, options.reference_images)
         default = options.reference == "train" and options.reference_images is None
         said = [
             f"{network.name}@{network.digest[:8]}",
             f"{settings.decoding} decoding",
             f"temperature {settings.temperature:g}" if settings.temperature != 1 else "",
             "8-bit pixels" if settings.pixels == "uint8" else "",
-            "" if default else f"against {len(reference)} {options.reference} images",
+            "" if default else f"against {len(features.reference)} {options.reference} images",
             f"from {source}" if source else "",
         ]
         for metric, measure in (("fid", frechet.fid), ("kid", kid.kid)):
-            value, stderr = measure(seen, reference, self.stored.recipe.seed)
+            value, stderr = measure(seen, features.reference, self.stored.recipe.seed)
             how = "; ".join(filter(None, said))
             yield self._row(prior, f"{metric}-{network.name}-{n}", value, stderr, n, features=how, **common)
 
@@ -406,9 +405,8 @@ def _networks(stored: Stored, report: Report) -> list[Features]:
 
 def features_task(report: Report, recipe: Recipe) -> None:
     """Make the feature networks, and features of the data set's own images, once, before the seeds share them."""
-    options = recipe.experiment.evaluate
     for found in _networks(Stored(recipe), report):
-        found.of_data(options.reference, options.reference_images)
+        _ = found.reference
         found.of_data(_other_images(recipe))
 
 

@@ -3,7 +3,8 @@
 Those of a data set's own images are made once for all experiments on it; those of samples, once for each file of them.
 """
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +21,12 @@ from runtime.progress import Report
 from runtime.rowfiles import RowFile
 
 IMAGES_AT_ONCE = 2000
+
+
+@cache
+def _loaded(network: Callable[[], FeatureNetwork]) -> FeatureNetwork:
+    """A pretrained network: its weights are read and verified once a process, not once a file of samples."""
+    return network()
 
 
 class Features:
@@ -41,7 +48,7 @@ class Features:
         """The network; the small classifier is trained, or found trained, on the data set's training images."""
         data = self._stored.dataset
         if self._name in features.PRETRAINED:
-            return features.PRETRAINED[self._name]()
+            return _loaded(features.PRETRAINED[self._name])
         training, held_out = (
             features.Labelled(lambda rows, split=split: data.images(split, rows), data.labels(split))  # type: ignore[misc]
             for split in ("train", "validation")
@@ -49,6 +56,12 @@ class Features:
         with exclusive(self._stored.recipe.workspace.locks, self._lock, wait=True):
             path = self._folder / "own.safetensors"
             return features.OwnClassifier(data.name, training, held_out, path, self._identity(), self._report)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """Of the images that FID and KID hold samples against, (n, features), mapped from the disk."""
+        options = self._stored.recipe.experiment.evaluate
+        return self.of_data(options.reference, options.reference_images)
 
     def of_data(self, split: str, most: int | None = None) -> Tensor:
         """Of the images of a split of the data set, (n, features), mapped from the disk.

@@ -34,6 +34,7 @@ from models.folding import folded
 from models.protocol import HierarchicalVAE
 from models.trainer import evidence, train_vae
 from pipelines import results
+from pipelines.blueprint import Shapes
 from pipelines.fanout import Machine
 from pipelines.recipe import Recipe
 from pipelines.samples import latent_rows, rows_per_file
@@ -46,7 +47,6 @@ from runtime import checkpoints, hardware
 from runtime.errors import UserError
 from runtime.identity import ROOT, Identity
 from runtime.progress import Report
-from runtime.randomness import Noise
 
 SECONDS = 1.0
 """Of a measurement, about; one thing that takes longer is done once."""
@@ -322,7 +322,7 @@ class _Measuring:
         with torch.random.fork_rng(devices=[]), torch.device("meta"), FlopCounterMode(display=False) as counted:
             model = models.build(self.experiment.model.name, self.experiment.model, self._shape).train()
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                evidence(model, torch.empty(batch, *self._shape), [_Shapes()] * model.groups)
+                evidence(model, torch.empty(batch, *self._shape), [Shapes()] * model.groups)
         return 3.0 * counted.get_total_flops(), float(sum(kept.values()))
 
     def train_prior(self) -> StagePlan:
@@ -552,17 +552,6 @@ class _Measuring:
         few = min(width, 512)
         seen = torch.randn(max(2 * few, 200), few)
         return _timed(lambda: (frechet.fid(seen, seen.flip(0), 0), kid.kid(seen, seen.flip(0), 0))) * (width / few) ** 3
-
-
-class _Shapes(Noise):
-    """A source of noise that has shapes alone."""
-
-    def __init__(self) -> None:
-        self.device = "meta"
-
-    def normal(self, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:
-        """Nothing, of shape (*lead, *batch)."""
-        return torch.empty(*lead, *batch, device=self.device)
 
 
 def _rate() -> float:
