@@ -260,8 +260,7 @@ def _convergence(experiment: str, frame: pd.DataFrame) -> Figure | None:
     exact = shown[shown.metric == "loglik-gain"]
     for gain in (0.0, *exact.value):
         gain_axis.axhline(gain, linestyle=":", linewidth=1, color="0.5")
-    limits, margin = [0.0, *curves.value, *exact.value], 2 * curves.interval.median()
-    gain_axis.set_ylim(min(limits) - margin, max(limits) + margin)  # an estimate that broke down would flatten all others
+    gain_axis.set_ylim(_limits(pd.concat([curves, exact])))
     gain_axis.set(xscale="log", xlabel="base samples per context, M or N", ylabel="gain over the base (nats)")
     gain_axis.set_title(f"{experiment}\nsampler bound against M (solid), plug-in against N (dashed)", fontsize=10)
     _log_normaliser(normaliser_axis, shown[shown.metric.str.startswith("log-z/")], styles)
@@ -282,6 +281,13 @@ def _convergence(experiment: str, frame: pd.DataFrame) -> Figure | None:
     _legend_below(figure)
     _label_points(gain_axis, ((gain_axis.get_xlim()[0], gain, prior) for prior, gain in _levels(exact)))
     return figure
+
+
+def _limits(gains: pd.DataFrame) -> tuple[float, float]:
+    """Of an axis of gains: 0, all of them, and their whiskers, but what is far longer than most would flatten all others."""
+    usual = gains.interval.median()
+    widths = gains.interval.clip(upper=4 * usual).fillna(0)
+    return min(0.0, (gains.value - widths).min()) - usual / 2, max(0.0, (gains.value + widths).max()) + usual / 2
 
 
 def _levels(exact: pd.DataFrame) -> list[tuple[str, float]]:
@@ -398,8 +404,7 @@ def _gain_against_base(dataset: str, frame: pd.DataFrame) -> Figure | None:
     axis.axhline(0, linewidth=1, color="0.5")
     axis.set(xlabel="log-likelihood of the base (nats)", ylabel=f"gain, sampler bound with M = {proposals} (nats)")
     axis.set_title(dataset)
-    limits, margin = [0.0, *gains.value], 2 * gains.interval.median()
-    axis.set_ylim(min(limits) - margin, max(limits) + margin)  # one uncertain gain would flatten all others
+    axis.set_ylim(_limits(gains))
     _legend_below(figure)
     _label_points(axis, texts)
     return figure

@@ -1,4 +1,4 @@
-"""The report to read: one page of answers, and one for each experiment. They stand alone: no server, no network, no build.
+"""The report to read: one page of answers, and one for each experiment, with no server, no network and no build.
 
 Templates and style are in ``templates/``. The same results give the same bytes.
 """
@@ -20,6 +20,8 @@ from pipelines.config import Config, Experiment, plain
 from pipelines.reporting.published import STANDINGS, Published, Reader, markdown
 from pipelines.workspace import Workspace
 from runtime.files import write_text
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 FIGURES = {
     "hole": (
@@ -119,10 +121,11 @@ class Report:
     reader: Reader
 
     def write(self) -> list[Path]:
-        """Write tables.md, index.html and a page for every experiment; drop those of experiments that are gone."""
+        """Write tables.md, index.html, its style, and a page an experiment; drop those of experiments that are gone."""
         folder = self.workspace.reports
         written = {
             folder / "tables.md": markdown(self.published, self.reader),
+            folder / "style.css": (TEMPLATES / "style.css").read_text(encoding="utf-8"),
             folder / "index.html": self._environment.get_template("index.html.j2").render(self._first_page()),
         }
         template = self._environment.get_template("experiment.html.j2")
@@ -138,7 +141,7 @@ class Report:
     @cached_property
     def _environment(self) -> jinja2.Environment:
         return jinja2.Environment(
-            loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+            loader=jinja2.FileSystemLoader(TEMPLATES),
             autoescape=True,
             trim_blocks=True,
             lstrip_blocks=True,
