@@ -69,6 +69,14 @@ def workers(node):
     return found
 
 
+def progress(folder):
+    """What the tasks have written of their progress so far; the folder comes and goes meanwhile."""
+    try:
+        return {path: path.read_text() for path in folder.rglob("*.json")}
+    except FileNotFoundError:
+        return None
+
+
 def disturbed(cluster, stored, disturb):
     """Stage 2 in two shards, with ``disturb(worker)`` called once the second node's worker is training.
 
@@ -83,12 +91,12 @@ def disturbed(cluster, stored, disturb):
                 os.kill(worker, signal.SIGSTOP)
                 held.append(worker)
                 seen = None  # what it wrote before it was held says nothing of the second node's
-            progress = {path: path.read_text() for path in (stored.recipe.root / "artifacts" / ".progress").rglob("*.json")}
+            written = progress(stored.recipe.root / "artifacts" / ".progress")
             running = workers(cluster.second)
-            if running and seen is not None and progress != seen:
+            if running and seen is not None and written != seen:
                 disturb(running[0])
                 called.set()
-            seen = progress
+            seen = written
             time.sleep(0.02)
         for worker in held:
             os.kill(worker, signal.SIGCONT)

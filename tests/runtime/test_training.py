@@ -140,7 +140,7 @@ def test_rolling_checkpoints_are_written_as_time_passes(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     one = make(tmp_path, "a")
     seen = []
-    train([one], 5, losses, lambda done, total, note: seen.append((done, total)))
+    train([one], 5, losses, lambda done, total, *_: seen.append((done, total)))
     assert one.rolling.exists()
     assert seen[-1] == (5, 5)
 
