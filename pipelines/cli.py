@@ -59,9 +59,12 @@ THREADS = "CPU threads of each task (can change a last bit)."
 WORKERS = "Tasks side by side; 0: as many as the cores allow."
 SHARDS = "Parts into which a prior's groups are dealt; above 1 they are Ray tasks (RAY_ADDRESS names a cluster)."
 
+PROCESSES = "Processes that train one VAE together, a part of every batch each; above 1 Ray starts them."
+
 Threads = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_THREADS", help=THREADS)]
 Workers = Annotated[int, typer.Option(min=0, envvar="PRIORHOLE_WORKERS", help=WORKERS)]
 Shards = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_SHARDS", help=SHARDS)]
+Processes = Annotated[int, typer.Option(min=1, envvar="PRIORHOLE_PROCESSES", help=PROCESSES)]
 Images = Annotated[
     int | None,
     typer.Option(min=2, help="A quick look: likelihoods on so many test images, in a table of its own; all if left out."),
@@ -71,12 +74,12 @@ Gpus = Annotated[
 ]
 
 
-def _pipeline(threads: int = 1, workers: int = 0, shards: int = 1, gpus: float = 0.0):
+def _pipeline(threads: int = 1, workers: int = 0, shards: int = 1, gpus: float = 0.0, processes: int = 1):
     from pipelines.fanout import Machine
     from pipelines.stages import Pipeline
 
     workers = workers or max(1, (os.cpu_count() or 1) // threads)
-    return Pipeline(Path.cwd(), Machine(threads, workers, shards, gpus, ray=bool(os.environ.get("RAY_ADDRESS"))))
+    return Pipeline(Path.cwd(), Machine(threads, workers, shards, processes, gpus, ray=bool(os.environ.get("RAY_ADDRESS"))))
 
 
 def _show(name: str) -> None:
@@ -156,12 +159,17 @@ def fetch(experiment: Name, workers: Workers = 0, dry_run: DryRun = False) -> No
     _show(experiment) if dry_run else _pipeline(workers=workers).fetch(experiment)
 
 
-@app.command(epilog="Example: priorhole train-vae gaussians25 --workers 2")
+@app.command(epilog="Example: priorhole train-vae cifar10-nvae --processes 8 --gpus 1")
 def train_vae(
-    experiment: Name, threads: Threads = 1, workers: Workers = 0, gpus: Gpus = 0.0, dry_run: DryRun = False
+    experiment: Name,
+    threads: Threads = 1,
+    workers: Workers = 0,
+    processes: Processes = 1,
+    gpus: Gpus = 0.0,
+    dry_run: DryRun = False,
 ) -> None:
-    """Stage 1: train the VAEs, one a seed. Goes on from where it was stopped."""
-    _show(experiment) if dry_run else _pipeline(threads, workers, gpus=gpus).train_vae(experiment)
+    """Stage 1: train the VAEs, one a seed. Goes on from where it was stopped, by another number of processes too."""
+    _show(experiment) if dry_run else _pipeline(threads, workers, gpus=gpus, processes=processes).train_vae(experiment)
 
 
 @app.command(epilog="Example: priorhole import-nvae celeba64-nvae-mixture --checkpoint eval-celeba64/checkpoint.pt")

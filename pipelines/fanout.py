@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -33,6 +34,8 @@ from runtime.identity import ROOT
 POLL_SECONDS = 0.5
 LINE_SECONDS = 15.0
 PATIENCE_SECONDS = 10.0
+RETRIES = 3
+"""How often what Ray runs is begun again, where its worker or its node was lost."""
 ROWS_SHOWN = 20
 """Bars of more tasks are shown while these run."""
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # with no settings (RFC 9113, 3.4)
@@ -42,26 +45,29 @@ SOCKET_BYTES = 70  # of that, /ray/session_2026-11-25_09-41-45_788082_4194304/so
 
 @dataclass(frozen=True)
 class Machine:
-    """Where tasks may run. None of it enters a result, but ``threads`` can change a CPU result's last bit.
+    """Where tasks may run. None of it enters a result, but ``threads`` and ``processes`` can change its last bits.
 
     Attributes:
-        threads: CPU threads of each task.
+        threads: CPU threads of each task, or of each of its processes.
         workers: tasks side by side on this machine.
         shards: parts into which the groups of a prior are dealt; more than one starts Ray.
-        gpus: GPUs of each task; a part of one lets several tasks share it. 0: one where this machine has GPUs, none on Ray.
+        processes: how many train one VAE together; more than one start Ray.
+        gpus: GPUs of each task, or of each of its processes; a part of one lets several tasks share it. 0: one where this
+            machine has GPUs, none on Ray.
         ray: whether tasks go to Ray even where there is one shard.
     """
 
     threads: int = 1
     workers: int = 1
     shards: int = 1
+    processes: int = 1
     gpus: float = 0.0
     ray: bool = False
 
     @property
     def on_ray(self) -> bool:
         """Whether tasks are Ray's."""
-        return self.ray or self.shards > 1
+        return self.ray or self.shards > 1 or self.processes > 1
 
     @property
     def shares(self) -> bool:
@@ -73,13 +79,16 @@ class Machine:
 class Task:
     """``function(report, **arguments)``; the function is a module's, and it and its arguments can be pickled.
 
-    ``after`` are the positions, in the list of tasks, of earlier ones whose files it reads.
+    ``after`` are the positions, in the list of tasks, of earlier ones whose files it reads. Where ``processes`` is more than
+    one, the function is called by so many at a time, in a process group of torch.distributed; the first one's report and
+    result count.
     """
 
     name: str
     function: Callable[..., Any]
     arguments: dict[str, Any]
     after: Sequence[int] = ()
+    processes: int = 1
 
 
 def progress_file(folder: Path, index: int) -> Path:
@@ -126,16 +135,80 @@ def _places(present: Sequence[str], machine: Machine) -> list[str]:
     return [",".join(present[first : first + each]) for first in range(0, len(present) - each + 1, each)]
 
 
-def _call(task: Task, path: Path, threads: int, *_: Any) -> Any:
-    hardware.reproducible(threads)
-    hardware.keep_freed_memory()
+def _call(task: Task, path: Path, threads: int, gpus: float = 0.0, *_: Any) -> Any:
     try:
-        found = task.function(progress.to_file(path), **task.arguments)
+        if task.processes > 1:
+            found = _by_several(task, path, threads, gpus)
+        else:
+            found = _run_here(task, progress.to_file(path), threads)
     except BaseException:
         _mark(path, "failed")
         raise
     _mark(path, "done")
     return found
+
+
+def _run_here(task: Task, report: progress.Report, threads: int) -> Any:
+    hardware.reproducible(threads)
+    hardware.keep_freed_memory()
+    return task.function(report, **task.arguments)
+
+
+def _by_several(task: Task, path: Path, threads: int, gpus: float) -> Any:
+    """A task of several processes, which Ray Train places and, if one of them is lost, starts anew together."""
+    from ray import train
+    from ray.train.torch import TorchTrainer
+
+    each = {"CPU": float(threads)} | ({"GPU": gpus} if gpus else {})
+    trainer = TorchTrainer(
+        _by_one_of_several,
+        train_loop_config={"task": task, "path": path, "threads": threads},
+        scaling_config=train.ScalingConfig(num_workers=task.processes, use_gpu=gpus > 0, resources_per_worker=each),
+        run_config=train.RunConfig(
+            name=path.stem,
+            storage_path=str(path.parent.resolve()),
+            failure_config=train.FailureConfig(max_failures=RETRIES),
+        ),
+    )
+    try:
+        trainer.fit()
+    except train.TrainingFailedError as error:
+        if not _outcome(path).exists():
+            raise UserError(
+                f"{task.name}: one of its processes was lost repeatedly ({first_line(error)}); "
+                "run the same command again: it goes on from its checkpoint"
+            ) from error
+    found, known = pickle.loads(_outcome(path).read_bytes())
+    if known is not None:
+        raise known
+    return found
+
+
+def _by_one_of_several(config: dict[str, Any]) -> None:
+    """What each of the processes does."""
+    import torch
+    from ray import train
+    from ray.train.torch import get_device
+
+    task, path = config["task"], config["path"]
+    if _outcome(path).exists():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(get_device())  # Ray lets the processes of a node see all of their GPUs
+    first = train.get_context().get_world_rank() == 0
+    try:
+        found = _run_here(task, progress.to_file(path) if first else progress.silent, config["threads"])
+    except UserError as error:
+        _outcome(path).write_bytes(pickle.dumps((None, error)))
+        torch.distributed.destroy_process_group()  # who waits for this one fails, and is begun again to end above
+    else:
+        if first:
+            _outcome(path).write_bytes(pickle.dumps((found, None)))
+
+
+def _outcome(path: Path) -> Path:
+    """What a task of several processes came to: the result of the first, or an error that a retry would bring again."""
+    return path.with_suffix(".outcome")
 
 
 def _mark(path: Path, how: str) -> None:
@@ -186,7 +259,7 @@ def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[A
             _require_listener(address)
             ray.init(
                 address=address or "local",  # by default Ray would join any cluster that it finds on this machine
-                num_cpus=None if address else machine.workers * machine.threads,
+                num_cpus=None if address else max(machine.workers, machine.processes) * machine.threads,
                 include_dashboard=None if address else False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -203,15 +276,21 @@ def _on_ray(calls: Sequence[tuple[Task, Path, int]], machine: Machine) -> list[A
             interruption.end(signal.SIGTERM)
         folder.callback(ray.shutdown)
         interruption.end_at_signals()
-        present = ray.cluster_resources().get("GPU", 0)
-        if machine.gpus > present:  # Ray itself would wait for ever
-            raise UserError(
-                f"each shard asks for {machine.gpus:g} GPU, the cluster has {present:g}; lower --gpus or add a node"
-            )
-        remote = ray.remote(num_cpus=machine.threads, num_gpus=machine.gpus, max_retries=3)(_elsewhere)
+        present, together = ray.cluster_resources(), max(task.processes for task, _, _ in calls)
+        for kind, each in (("GPU", machine.gpus), ("CPU", float(machine.threads))):  # Ray itself would wait for ever
+            if each * together > present.get(kind, 0):
+                asks = f"{together} processes ask" if together > 1 else "each task asks"
+                lower = " or --processes" if together > 1 else ""
+                raise UserError(
+                    f"{asks} for {each * together:g} {kind}, the cluster has {present.get(kind, 0):g}; "
+                    f"lower {'--gpus' if kind == 'GPU' else '--threads'}{lower}, or add a node"
+                )
+        remote = ray.remote(num_cpus=machine.threads, num_gpus=machine.gpus, max_retries=RETRIES)(_elsewhere)
+        waiting = remote.options(num_cpus=0, num_gpus=0)  # for processes that have CPUs and GPUs of their own
         references: list[Any] = []
         for call in calls:  # a task that is handed another's result waits for it
-            references.append(remote.remote(*call, *(references[before] for before in call[0].after)))
+            place = waiting if call[0].processes > 1 else remote
+            references.append(place.remote(*call, machine.gpus, *(references[before] for before in call[0].after)))
         ray.wait(references, num_returns=len(references))
         try:
             return ray.get(references)

@@ -119,15 +119,16 @@ class Pipeline:
 
     @_tracked
     def train_vae(self, name: str) -> None:
-        """Stage 1: train the VAE of every seed."""
+        """Stage 1: train the VAE of every seed, each by as many processes as the machine says."""
         experiment, seeds = self._seeds(name)
         seeds = list({recipe.vae_seed: recipe for recipe in seeds}.values())
         require_writable(self.workspace.artifacts(name) / "vae")
         _prune(self.workspace, self.workspace.artifacts(name) / "vae", [{f"seed-{recipe.vae_seed}" for recipe in seeds}])
         blueprint.check_batches(name, experiment, Stored(seeds[0]).dataset)
-        documents = self._run(
-            "train-vae", name, [Task(f"VAE, seed {recipe.vae_seed}", vae_task, {"recipe": recipe}) for recipe in seeds]
-        )
+        processes = self.machine.processes
+        experiment.train.parts(processes, 0)  # refused before anything is started
+        tasks = [Task(f"VAE, seed {recipe.vae_seed}", vae_task, {"recipe": recipe}, processes=processes) for recipe in seeds]
+        documents = self._run("train-vae", name, tasks)
         runs = {
             recipe.vae_seed: {"loss": document["history"], "train-seconds": document["seconds"]}
             for recipe, document in zip(seeds, documents, strict=True)

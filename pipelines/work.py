@@ -4,7 +4,7 @@ Each is a plain function of values that can be pickled, and runs in whatever pro
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from datasets import dataset as data
@@ -19,7 +19,7 @@ from pipelines.workspace import Workspace
 from priors.registry import SAMPLERS
 from priors.sampling import draw, readjusted
 from priors.trainer import Slot, learn
-from runtime import hardware, processes, rowfiles
+from runtime import hardware, parallel, processes, rowfiles
 from runtime.blocks import Rows
 from runtime.files import exclusive
 from runtime.progress import Report
@@ -32,9 +32,13 @@ def fetch_task(report: Report, name: str, workspace: Workspace, workers: int) ->
 
 
 def vae_task(report: Report, recipe: Recipe) -> dict[str, Any]:
-    """Stage 1 for one seed: train the VAE, or find it trained or imported. Returns the checkpoint's metadata."""
+    """Stage 1 for one seed: train the VAE, or find it trained or imported. Returns the checkpoint's metadata.
+
+    Several processes may do it together (:mod:`runtime.parallel`).
+    """
     workspace, name, seed, stored = recipe.workspace, recipe.name, recipe.vae_seed, Stored(recipe)
-    with exclusive(workspace.locks, f"{name}/vae/seed-{seed}"):
+    writes = parallel.rank() == 0
+    with exclusive(workspace.locks, f"{name}/vae/seed-{seed}") if writes else nullcontext():
         path, options = workspace.vae(name, seed), recipe.experiment.train
         if imported(path):  # by whatever code: nothing here could make it anew
             return stored.vae_document

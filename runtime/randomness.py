@@ -63,6 +63,7 @@ class Noise:
         self.repeats = repeats
         names = [purpose] if rows is None else [f"{purpose}|row{row}" for row in rows]
         self._by_row = rows is not None
+        self._part: tuple[range, int] | None = None
         self._generators = [generator(seed, name, group, step, device) for name in names]
 
     def of(self, rows: Sequence[int]) -> "Noise":
@@ -76,6 +77,17 @@ class Noise:
         if self._by_row:
             picked._generators = [self._generators[row] for row in rows]
         return picked
+
+    def cut(self, rows: range, of: int) -> "Noise":
+        """For a batch of these rows of one of ``of``: the numbers that they get in that one.
+
+        Raises ValueError where rows have streams of their own: :meth:`of` picks those.
+        """
+        if self._by_row:
+            raise ValueError("rows that have streams of their own are picked, not cut out")
+        part = copy.copy(self)
+        part._part = rows, of
+        return part
 
     def normal(self, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:
         """Standard normal numbers, float32, shape (*lead, *batch); ``batch[0]`` counts the rows."""
@@ -94,6 +106,10 @@ class Noise:
         return -torch.log(self.exponential(lead, batch))
 
     def _draw(self, kind, lead: tuple[int, ...], batch: tuple[int, ...]) -> Tensor:
+        if self._part is not None:
+            rows, of = self._part
+            whole = kind((*lead, of, *batch[1:]), generator=self._generators[0], device=self.device)
+            return whole.narrow(len(lead), rows.start, len(rows)).contiguous()
         if not self._by_row:
             return kind((*lead, *batch), generator=self._generators[0], device=self.device)
         count, event = batch[0] // self.repeats, batch[1:]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from runtime import checkpoints
+from runtime import checkpoints, parallel
 from runtime.errors import UserError
 from runtime.identity import Identity
 from runtime.progress import Curves, Report, silent
@@ -33,6 +33,11 @@ PROGRESS = ("step", "seconds", "history", "held_out", "best_step")
 
 Terms = dict[str, Tensor]
 """Named loss terms, scalars. The loss is their sum."""
+
+
+def total(terms: Terms) -> Tensor:
+    """The loss."""
+    return torch.stack([term.float() for term in terms.values()]).sum()
 
 
 class NonFiniteLossError(UserError):
@@ -144,6 +149,10 @@ class Trainee:
 
     def resume(self) -> None:
         """Take up the finished or the rolling checkpoint where one of this very identity exists; else start afresh."""
+        self._resume()
+        parallel.wait_for_all()  # all have read what the first of them will write anew
+
+    def _resume(self) -> None:
         done = checkpoints.load_current(self.path, self.identity)
         if done is not None:
             checkpoints.restore(self.module, done[0], self.path)
@@ -209,8 +218,9 @@ class Trainee:
         self.module.eval()
         progress = {name: getattr(self, name) for name in PROGRESS}
         end = {"ended": "plateau" if self.over else "budget", "kept": self.best_step if self.best else self.step}
-        checkpoints.save(self.path, self.module.state_dict(), self.identity, **progress, **end, **metadata)
-        self.rolling.unlink(missing_ok=True)
+        if parallel.rank() == 0:
+            checkpoints.save(self.path, self.module.state_dict(), self.identity, **progress, **end, **metadata)
+            self.rolling.unlink(missing_ok=True)
 
     def judge(self, loss: float) -> None:
         """Note a held-out loss, and keep the state if it is the best so far; one that is not finite never is."""
@@ -222,12 +232,14 @@ class Trainee:
         self.recent = []
 
     def update(self, terms: Terms) -> Tensor:
-        """One optimiser step on the sum of the terms. Returns the loss, which is to be :meth:`noted` before all else."""
-        loss = torch.stack([term.float() for term in terms.values()]).sum()
+        """One optimiser step on the sum of the terms, and on what gradients there are already.
+
+        Returns the loss, which is to be :meth:`noted` before all else.
+        """
+        loss = total(terms)
         factor = 1.0 if self.plateau is None else self.plateau.factor(self.held_out)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.rate(self.step) * factor * parameters.get("scale", 1.0)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
@@ -392,9 +404,11 @@ def train(
             if not active:  # the others were resumed from later steps
                 continue
             started = time.monotonic()
+            for trainee in active:
+                trainee.optimizer.zero_grad(set_to_none=True)
             terms = losses(step, active)
             made = [trainee.update(own) for trainee, own in zip(active, terms, strict=True)]
-            values = torch.stack(made).tolist()  # the one time in a step that a device is waited for
+            values = parallel.mean(torch.stack(made)).tolist()  # the one time in a step that a device is waited for
             shared = (time.monotonic() - started) / len(active)
             for trainee, own, value in zip(active, terms, values, strict=True):
                 trainee.noted(value, own, steps)
@@ -403,6 +417,7 @@ def train(
                 for trainee, loss in zip(active, held_out(active), strict=True):
                     trainee.judge(loss)
             report(step + 1, steps, _note(active, values), partial(_curves, active, values))
-            saver.save_if_due(active)
+            if parallel.rank() == 0:
+                saver.save_if_due(active)
     if any(trainee.over for trainee in waiting):
         report(steps, steps, "held-out losses have reached their plateau")

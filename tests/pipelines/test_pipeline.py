@@ -107,7 +107,7 @@ def test_one_and_two_shards_learn_the_same_classifiers(done):
 
 def test_gpus_that_the_cluster_lacks_are_said_at_once(done):
     started = time.monotonic()
-    with pytest.raises(UserError, match="each shard asks for 64 GPU, the cluster has"):
+    with pytest.raises(UserError, match="each task asks for 64 GPU, the cluster has"):
         Pipeline(done, Machine(shards=2, gpus=64)).train_prior("deep")
     assert time.monotonic() - started < 60
 

@@ -1,19 +1,21 @@
-"""Stage 2 on a simulated cluster of two nodes: the same classifiers, whatever is killed or taken away meanwhile."""
+"""Every stage on a simulated cluster of two nodes: the same numbers, whatever is killed or taken away meanwhile."""
 
 import os
+import shutil
 import signal
 import threading
 import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 from tiny import tiny, write_params
 
+from pipelines import blueprint, results, tracking
 from pipelines.fanout import Machine
-from pipelines.recipe import Recipe
 from pipelines.stages import Pipeline
-from pipelines.stored import Stored
 from runtime import checkpoints
+from runtime.errors import UserError
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -30,41 +32,59 @@ def cluster(monkeypatch):
 
 
 @pytest.fixture
-def stage(checkout):
-    """A checkout before stage 2, and the classifiers that an undisturbed stage 2 learns there, as digests."""
+def stages(done, monkeypatch):
+    """A checkout where one process did every stage of ``deep``, with more to do in each; what it made, and its table."""
+    monkeypatch.setattr(tracking, "stage", lambda *_: nullcontext())
+    monkeypatch.setattr(tracking, "record", lambda *_: None)
+    monkeypatch.setattr(blueprint, "check", lambda *_: None)
     params = tiny()
-    del params["experiments"]["deep"]["seeds"][1]
-    params["experiments"]["deep"]["priors"]["ncp"] |= {"steps": 100}  # long enough to be disturbed
-    write_params(checkout, params)
-    pipeline = Pipeline(checkout)
-    for name in ("fetch", "train_vae", "train_prior"):
-        getattr(pipeline, name)("deep")
-    expected = digests(checkout)
-    for path in (checkout / "artifacts" / "deep" / "priors" / "ncp").rglob("*.safetensors"):
-        path.unlink()
-    return Stored(Recipe(params, "deep", 0, checkout)), expected
+    deep = params["experiments"]["deep"]
+    deep["train"]["steps"] = 150
+    deep["priors"]["ncp"]["steps"] = 100
+    deep |= {"sample": deep["sample"] | {"images": 60, "rows_per_file": 20, "batch": 5}}
+    write_params(done, params)
+    table = None
+    for stage in STAGES:
+        clear(done, stage)
+        table = getattr(Pipeline(done), stage)("deep")
+    return done, digests(done), numbers(table)
+
+
+STAGES = {"train_vae": ["vae"], "train_prior": ["priors"], "sample": ["samples"], "evaluate": ["measured", "evaluation"]}
+"""And what each makes, of an experiment's artifacts."""
+
+
+def numbers(path):
+    table = results.read(path, "")
+    return table[~table.metric.str.contains("seconds")].drop(columns=["seconds", "revision"]).reset_index(drop=True)
+
+
+def clear(folder, stage):
+    for made in STAGES[stage]:
+        shutil.rmtree(folder / "artifacts" / "deep" / made)
 
 
 def digests(folder):
-    paths = sorted((folder / "artifacts" / "deep" / "priors" / "ncp").rglob("k*.safetensors"))
-    return {path.name: checkpoints.load(path, "")[1]["digest"] for path in paths}
+    found = {}
+    for path in sorted((folder / "artifacts" / "deep").rglob("*.safetensors")):
+        tensors = checkpoints.load(path, "")[0]
+        tensors.pop("seconds", None)
+        found[path.relative_to(folder)] = {name: tensor.double().sum().item() for name, tensor in tensors.items()}
+    return found
 
 
-def test_two_nodes_learn_the_classifiers_that_one_process_learns(cluster, stage):
-    stored, expected = stage
-    Pipeline(stored.recipe.root, Machine(shards=3)).train_prior("deep")
-    assert digests(stored.recipe.root) == expected
+TOGETHER = "ray::RayTrainWorker"
 
 
-def workers(node):
+def workers(node, title="ray::_elsewhere"):
     """Processes of a node that run a task now: children of its raylet, titled so by Ray."""
     raylet, found = node.all_processes["raylet"][0].process.pid, []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            title, parent = (folder / "cmdline").read_text(), int((folder / "stat").read_text().rsplit(")")[-1].split()[1])
+            name, parent = (folder / "cmdline").read_text(), int((folder / "stat").read_text().rsplit(")")[-1].split()[1])
         except OSError:
             continue
-        if title.startswith("ray::_elsewhere") and parent == raylet:
+        if name.startswith(title) and parent == raylet:
             found.append(int(folder.name))
     return found
 
@@ -77,44 +97,103 @@ def progress(folder):
         return None
 
 
-def disturbed(cluster, stored, disturb):
-    """Stage 2 in two shards, with ``disturb(worker)`` called once the second node's worker is training.
+def disturbed(cluster, folder, stage, *disturbances):
+    """A stage, with each of ``disturbances(worker)`` called in turn once the second node's worker is at work.
 
-    The first node's worker is held until then: else it might do both shards before the second node's has started.
+    The first node's worker is held until then: else it might do everything before the second node's has started.
     """
-    called = threading.Event()
+    left = list(disturbances)
+    over = threading.Event()
 
     def wait():
-        held, seen, deadline = [], None, time.monotonic() + 120
-        while time.monotonic() < deadline and not called.is_set():
+        held, seen = [], None
+        while left and not over.is_set():
             for worker in set(workers(cluster.head_node)) - set(held):
                 os.kill(worker, signal.SIGSTOP)
                 held.append(worker)
                 seen = None  # what it wrote before it was held says nothing of the second node's
-            written = progress(stored.recipe.root / "artifacts" / ".progress")
+            written = progress(folder / "artifacts" / ".progress")
             running = workers(cluster.second)
             if running and seen is not None and written != seen:
-                disturb(running[0])
-                called.set()
+                left.pop(0)(running[0])
             seen = written
             time.sleep(0.02)
         for worker in held:
-            os.kill(worker, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGCONT)
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    Pipeline(stored.recipe.root, Machine(shards=2)).train_prior("deep")
-    waiting.join()
-    assert called.is_set(), "it ended before it could be disturbed"
+    try:
+        return getattr(Pipeline(folder, Machine(ray=True, shards=2)), stage)("deep")
+    finally:
+        over.set()
+        waiting.join()
+        assert not left, "it ended before it could be disturbed"
 
 
-def test_a_killed_worker_is_replaced(cluster, stage):
-    stored, expected = stage
-    disturbed(cluster, stored, lambda worker: os.kill(worker, signal.SIGKILL))
-    assert digests(stored.recipe.root) == expected
+def test_every_stage_outlives_a_killed_worker_and_a_lost_node(stages, cluster):
+    folder, expected, table = stages
+    found = None
+    for stage in STAGES:
+        clear(folder, stage)
+        found = disturbed(
+            cluster,
+            folder,
+            stage,
+            lambda worker: os.kill(worker, signal.SIGKILL),
+            lambda _: cluster.remove_node(cluster.second, allow_graceful=False),
+        )
+        cluster.second = cluster.add_node(num_cpus=1)
+    assert digests(folder) == expected
+    assert numbers(found).equals(table)
 
 
-def test_a_lost_node_is_survived(cluster, stage):
-    stored, expected = stage
-    disturbed(cluster, stored, lambda worker: cluster.remove_node(cluster.second, allow_graceful=False))
-    assert digests(stored.recipe.root) == expected
+def together(cluster, folder, disturb):
+    """Stage 1 by a process on each node, of which ``disturb`` is called with one once there is progress."""
+
+    def wait():
+        while not (processes := workers(cluster.second, TOGETHER)) or not progress(folder / "artifacts" / ".progress"):
+            time.sleep(0.02)
+        disturb(processes[0])
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    Pipeline(folder, Machine(ray=True, processes=2)).train_vae("deep")
+    waiting.join(1)
+    assert not waiting.is_alive(), "it ended before it could be disturbed"
+
+
+@pytest.fixture
+def fetched(checkout):
+    """A checkout before stage 1 of ``deep``, of one seed."""
+    params = tiny()
+    params["experiments"]["deep"] |= {"seeds": [0]}
+    params["experiments"]["deep"]["train"]["steps"] = 150
+    write_params(checkout, params)
+    Pipeline(checkout).fetch("deep")
+    return checkout, params
+
+
+def test_two_processes_train_a_vae_and_outlive_one_of_them(fetched, cluster):
+    folder, _ = fetched
+    path = folder / "artifacts" / "deep" / "vae" / "seed-0.safetensors"
+    Pipeline(folder).train_vae("deep")
+    alone = checkpoints.load(path, "")[1]["history"]
+    clear(folder, "train_vae")
+    together(cluster, folder, lambda process: os.kill(process, signal.SIGKILL))
+    history = checkpoints.load(path, "")[1]["history"]
+    assert [step for step, _ in history] == [step for step, _ in alone]
+    assert all(abs(loss - other) < 1e-3 for (_, loss), (_, other) in zip(history, alone, strict=True))
+
+
+def test_errors_of_several_processes_are_said_in_one_line(fetched, cluster):
+    folder, params = fetched
+    with pytest.raises(UserError, match="4 processes ask for 4 CPU, the cluster has 2; lower --threads or --processes"):
+        Pipeline(folder, Machine(ray=True, processes=4)).train_vae("deep")
+    with pytest.raises(UserError, match="a batch of 16 cannot be shared equally by 3 processes"):
+        Pipeline(folder, Machine(ray=True, processes=3)).train_vae("deep")
+    params["experiments"]["deep"]["train"] |= {"learning_rate": 1e30, "clip": None}
+    write_params(folder, params)
+    with pytest.raises(UserError, match="is not finite at step"):
+        Pipeline(folder, Machine(ray=True, processes=2)).train_vae("deep")

@@ -1,0 +1,59 @@
+"""A tiny VAE trained by one process, or by several in a process group, in processes of their own."""
+
+from contextlib import suppress
+
+import torch
+from tiny import tiny
+from torch import distributed, multiprocessing
+
+from datasets import dataset as data
+from models.registry import MODELS
+from models.trainer import TrainOptions, train_vae
+from runtime import training
+from runtime.identity import Identity
+from runtime.randomness import initialising
+
+MODEL = {"groups_per_scale": [2, 1], "latent_channels": 2, "width": 8, "halvings": 0}
+CELLS = {"cells": 1, "expansion": 2}
+KINDS = {"residual-hvae": (MODEL | {"halvings": 1}, {}), "nvae": (MODEL | CELLS, {"spectral": 0.01})}
+"""Models without and with batch norms, and what their losses have besides."""
+
+
+def train(folder, kind, processes, steps=40, at=None, **options):
+    """The losses of all steps of a training in ``folder``; ``at``: a step at whose end it is broken off, unfinished."""
+    digits = folder.parent / "digits"
+    data.fetch("digits", digits, folder.parent / "raw")
+    settings = tiny()["experiments"]["deep"]["train"] | KINDS[kind][1] | options
+    folder.mkdir(exist_ok=True)
+    for gone in folder.glob("group*"):
+        gone.unlink()
+    arguments = (processes, folder, digits, kind, settings | {"steps": steps}, at)
+    multiprocessing.spawn(_member, arguments, nprocs=processes)
+    return torch.load(folder / "losses.pt")
+
+
+class _BrokenOffError(Exception):
+    pass
+
+
+def _member(rank, processes, folder, digits, kind, settings, at):
+    torch.set_num_threads(1)
+    if at is not None:
+        training.SAVE_SECONDS = 0.0
+    if processes > 1:
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=processes)
+    dataset, losses = data.load("digits", digits), []
+
+    def report(done, total, note, curves):
+        losses.append(curves()["vae"]["loss"])
+        if done == at:
+            raise _BrokenOffError
+
+    with initialising(0, "model"):
+        model = MODELS[kind](MODELS[kind].Options(**KINDS[kind][0]), dataset.spec.shape)
+    with suppress(_BrokenOffError):
+        train_vae(model, dataset, TrainOptions(**settings), folder / "vae.safetensors", Identity("vae", 0, {}), report)
+    if rank == 0:
+        torch.save(losses, folder / "losses.pt")
+    if processes > 1:
+        distributed.destroy_process_group()
