@@ -20,10 +20,10 @@ CARRIERS = {
     f"runtime.{name}"
     for name in (
         *("arrays", "blocks", "checkpoints", "errors", "files", "identity", "interruption", "options", "processes"),
-        *("progress", "rowfiles"),
+        *("parallel", "progress", "rowfiles"),
     )
 }
-"""Modules that keep numbers, and say what went wrong, but make none: a better message must not cost a trained model."""
+"""Modules that keep numbers, share work out, and say what went wrong: a better message must not cost a trained model."""
 
 SAME_NUMBERS = {
     "4f709c64878c9b62": "451893a52f719ebe",  # datasets.dataset: mapped, not read; images of more bits than one, and flips
