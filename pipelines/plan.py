@@ -352,10 +352,8 @@ class _Measuring:
                 made.append(checkpoints.load_document(path, "")["step"])
         if not made and self.recipe.workspace.results.exists():
             known = results.read(self.recipe.workspace.results, "priorhole report")
-            of_all_groups = (
-                (known.experiment == self.recipe.name) & (known.prior == name) & (known.metric == "train-seconds")
-            )
-            made = list(known[of_all_groups].n / self.groups)
+            rows = (known.experiment == self.recipe.name) & (known.prior == name) & (known.metric == "train-seconds")
+            made = list(known[rows].n)  # a group's, on average
         return min(options.steps, sum(made) / len(made)) if made else options.steps
 
     def _prior_step(self, name: str, options: TrainedPrior.Options, basis: list[str]) -> float:

@@ -1,0 +1,111 @@
+"""What an experiment would take, said before it is run: what can be counted is right, and nothing is left behind."""
+
+import dataclasses
+import json
+
+import pytest
+from tiny import tiny, write_params
+
+from datasets.registry import spec
+from pipelines import plan as planning
+from pipelines.fanout import Machine
+from pipelines.stages import Pipeline
+from runtime.errors import UserError
+
+
+def planned(folder, name, machine=None, **changes):
+    """By stage, the plan of an experiment with some of its settings changed."""
+    params = tiny()
+    for key, value in changes.items():
+        settings = params["experiments"][name]
+        settings[key] = settings[key] | value if isinstance(value, dict) else value
+    write_params(folder, params)
+    found = Pipeline(folder, machine or Machine()).plan(name)
+    return {stage.stage: stage for stage in found.stages}, found
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Measurements of one step each: here it matters what they are multiplied by."""
+    monkeypatch.setattr(planning, "SECONDS", 0.02)
+    monkeypatch.setattr(planning, "_starting", lambda: 0.0)
+
+
+@pytest.fixture
+def unit(quick, monkeypatch):
+    """Every step of a training takes a second, and every call."""
+    monkeypatch.setattr(planning, "_paced", lambda run, most=200: 1.0)
+    monkeypatch.setattr(planning, "_timed", lambda call: 1.0)
+
+
+def test_nothing_is_left_behind(checkout, quick):
+    params = tiny()
+    write_params(checkout, params)
+    before = {path: path.stat().st_mtime_ns for path in checkout.rglob("*")}
+    Pipeline(checkout).plan("deep")
+    assert {path: path.stat().st_mtime_ns for path in checkout.rglob("*")} == before
+
+
+def test_tasks_and_disk_are_those_that_the_stages_come_to(done, quick):
+    stages, found = planned(done, "deep")
+    artifacts = done / "artifacts" / "deep"
+
+    def files(folder):
+        return list((artifacts / folder).rglob("*.safetensors"))
+
+    assert stages["train-vae"].tasks == len(files("vae"))
+    assert stages["sample"].tasks == len(files("samples"))
+    assert stages["train-prior"].tasks * 3 == len(files("priors"))  # a task has three groups
+    for stage, folder in (("train-vae", "vae"), ("sample", "samples")):
+        taken = sum(path.stat().st_size for path in files(folder))
+        assert stages[stage].disk < taken < stages[stage].disk + 20_000 * len(files(folder))  # and a header each
+    assert stages["fetch"].disk == 0  # it is there
+    assert found.missing == []
+
+
+def test_time_is_steps_times_seeds(done, unit):
+    stages, _ = planned(done, "flat", train={"steps": 70})
+    assert stages["train-vae"].seconds == 2 * 70
+    stages, _ = planned(done, "flat", train={"steps": 70}, seeds=[0, 1, 2])
+    assert stages["train-vae"].seconds == 3 * 70
+    stages, _ = planned(done, "flat", train={"steps": 70}, vae_seed=0)
+    assert stages["train-vae"].seconds == 70
+
+
+def test_a_trained_prior_or_the_results_say_how_many_steps_it_took(done, unit):
+    ncp = tiny()["experiments"]["deep"]["priors"]["ncp"] | {"steps": 9_000}
+    known = planned(done, "deep", priors={"ncp": ncp})[0]["train-prior"]
+    (done / "artifacts" / "deep" / "priors").rename(done / "gone")
+    assert planned(done, "deep", priors={"ncp": ncp})[0]["train-prior"].seconds == known.seconds
+    (done / "reports" / "results.csv").unlink()
+    at_most = planned(done, "deep", priors={"ncp": ncp})[0]["train-prior"]
+    assert at_most.seconds / known.seconds == pytest.approx(9_000 / 30)
+
+
+@pytest.mark.parametrize(("workers", "walls"), [(1, 20.0), (2, 10.0), (8, 5.0)])
+def test_days_are_those_of_the_workers_there_are_tasks_for(workers, walls):
+    stage = planning.StagePlan("sample", 4, 20.0, 0, 0, 0, [])
+    assert stage.wall(workers) == walls
+    found = planning.Plan("x", "cpu", workers, [], [stage, dataclasses.replace(stage, tasks=1)], "CPU")
+    assert found.hours == pytest.approx(40 / 3600)
+    assert found.days == pytest.approx((walls + 20) / 86400)
+
+
+def test_what_has_to_be_got_by_hand_is_named(checkout, quick):
+    params = tiny()
+    params["experiments"]["deep"] |= {"dataset": "celeba64", "seeds": [0]}
+    params["experiments"]["deep"]["evaluate"] |= {"features": "pytorch-fid", "batch": 2, "examples": 2}
+    params["experiments"]["deep"]["model"] |= {"likelihood": "normal"}
+    params["experiments"]["deep"]["priors"] = {"normal": {"method": "normal", "samplers": ["ancestral"]}}
+    params["run"] = ["flat"]
+    write_params(checkout, params)
+    found = Pipeline(checkout).plan("deep")
+    assert any("celeba64" in line and spec("celeba64").licence in line for line in found.missing)
+    assert any("pytorch-fid" in line for line in found.missing)
+    assert f"missing: {found.missing[0]}" in found.text()
+    assert json.loads(found.json())["missing"] == found.missing
+
+
+def test_an_unknown_experiment_is_refused(checkout):
+    with pytest.raises(UserError, match="flat"):
+        Pipeline(checkout).plan("falt")
