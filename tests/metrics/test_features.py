@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from inception import random_inception
 from sklearn.datasets import load_digits, load_sample_images
 from worsened import worsened
 
@@ -12,7 +13,6 @@ from metrics.features import CleanFID, EfficientNetLite, Labelled, OwnClassifier
 from runtime import training
 from runtime.errors import UserError
 from runtime.identity import Identity
-from runtime.torchvision_ops import import_torchvision
 
 
 def digits():
@@ -50,7 +50,7 @@ def test_the_own_classifier_learns_resumes_and_gives_features(tmp_path, monkeypa
 
 def test_pytorch_fid_runs_on_verified_weights_that_the_user_names(tmp_path, monkeypatch):
     path = tmp_path / "weights.pth"
-    torch.save(_random_inception(), path)
+    torch.save(random_inception(), path)
     monkeypatch.setenv(PytorchFID.variable, str(path))
     with pytest.raises(UserError, match="not pytorch-fid's original weights"):
         PytorchFID()
@@ -58,23 +58,6 @@ def test_pytorch_fid_runs_on_verified_weights_that_the_user_names(tmp_path, monk
     network = PytorchFID()
     assert network.digest == network.checksum
     assert network(torch.rand(2, 1, 8, 8)).shape == (2, 2048)
-
-
-def _random_inception():
-    torchvision = import_torchvision()
-    from pytorch_fid import inception
-
-    model = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
-    model.Mixed_5b = inception.FIDInceptionA(192, pool_features=32)
-    model.Mixed_5c = inception.FIDInceptionA(256, pool_features=64)
-    model.Mixed_5d = inception.FIDInceptionA(288, pool_features=64)
-    model.Mixed_6b = inception.FIDInceptionC(768, channels_7x7=128)
-    model.Mixed_6c = inception.FIDInceptionC(768, channels_7x7=160)
-    model.Mixed_6d = inception.FIDInceptionC(768, channels_7x7=160)
-    model.Mixed_6e = inception.FIDInceptionC(768, channels_7x7=192)
-    model.Mixed_7b = inception.FIDInceptionE_1(1280)
-    model.Mixed_7c = inception.FIDInceptionE_2(2048)
-    return model.state_dict()
 
 
 class Stand(torch.nn.Module):

@@ -1,12 +1,15 @@
 """Every stage on a pretend accelerator, which refuses any mix of devices: all models, priors, samplers and networks."""
 
+import hashlib
+
 import pandas as pd
 import pytest
 import torch
+from inception import random_inception
 from pretend import MixedDevicesError, accelerator
 from tiny import tiny, write_params
 
-from metrics.features import OwnClassifier
+from metrics.features import EfficientNetLite, OwnClassifier, PytorchFID
 from models.registry import MODELS
 from pipelines import blueprint, tracking
 from pipelines.fanout import Machine
@@ -138,6 +141,19 @@ def test_every_stage_runs_on_it(device, checkout, name):
     table = run(checkout, name)
     assert table.metric.str.startswith(("loglik", "fid")).any()
     assert set(table.precision.dropna()) == ({"fp32", "bf16"} if name == "nvae" else {"fp32"})
+
+
+@pytest.mark.parametrize("network", [PytorchFID, EfficientNetLite])
+def test_pretrained_networks_find_the_same_features_on_it(device, network, tmp_path, monkeypatch):
+    if network is PytorchFID:
+        path = tmp_path / "weights.pth"
+        torch.save(random_inception(), path)
+        monkeypatch.setenv(network.variable, str(path))
+        monkeypatch.setattr(network, "checksum", hashlib.sha256(path.read_bytes()).hexdigest())
+    images = torch.rand(2, 3, 32, 32, device="cpu")
+    found = network()(images)
+    monkeypatch.setattr(hardware, "device", lambda: torch.device("cpu"))
+    assert torch.equal(found, network()(images))
 
 
 class StoppedError(Exception):
