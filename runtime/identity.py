@@ -38,13 +38,14 @@ SAME_NUMBERS = {
     "e798ba584e6bd1eb": "506c62bbd35d28d5",  # models.rae: divergences at a draw
     "b2ca89800f109480": "722484a92656eac1",  # models.registry: flat models of images
     "a9c4da2d674faee0": "4eec4b4423b1cf6c",  # models.spectral: NVAE's as published: no other model has a row with that loss
-    "26d3e8b5f1ad41ed": "8d87dd2567a910b0",  # models.trainer: divergences at a draw; options of NVAE; curves
+    "69decb97580322f5": "8d87dd2567a910b0",  # models.trainer: divergences at a draw; options of NVAE; parts of a batch
     "c0c26bce6390a388": "99e61cf451017ef9",  # priors.gmm: draws in parts that fit a memory
     "34380c73d1763a4b": "06f37b447cc1aee0",  # priors.protocol: fits to posterior means too
     "5cf6d6b8f5dba651": "ca3329d4c0473080",  # priors.sampling: decoding has a function of its own
     "338ecebd5c3038a9": "c3687b76835e918d",  # priors.trainer: reads what it needs; fits to means; a wait for a device a step
     "7fe53e3e34e25f38": "3dbeda7e8161256f",  # runtime.hardware: waits for the device before a clock is read; no TF32
-    "975910838ecbfac6": "d62cb38a16403658",  # runtime.training: checkpoints in the background; one transfer of losses a step
+    "cafbd93b9991378d": "bca9d21831cb9fba",  # runtime.randomness: parts of a batch
+    "82f942e51d917d2d": "d62cb38a16403658",  # runtime.training: checkpoints in the background; one transfer of losses; parts
 }
 """Digests of rewritten modules, and of those before them whose numbers they make to the last bit: what these made is kept.
 

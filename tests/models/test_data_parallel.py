@@ -49,6 +49,12 @@ def test_parts_of_a_batch_add_up_to_it(alone):
     assert difference(whole, train(folder / "parts", "residual-hvae", 1, 10, accumulate=4, **plain)) < LOSS
 
 
+def test_they_train_so_on_an_accelerator_too(alone):
+    folder, losses = alone
+    found = train(folder / "accelerated", "residual-hvae", 2, pretend=True)
+    assert difference(losses["residual-hvae"], found) < LOSS
+
+
 def test_batch_norms_of_their_own_make_other_numbers(alone):
     folder, losses = alone
     found = train(folder / "own", "nvae", 2, 10, sync_batch_norm=False)

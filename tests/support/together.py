@@ -1,15 +1,16 @@
 """A tiny VAE trained by one process, or by several in a process group, in processes of their own."""
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import torch
+from pretend import accelerator
 from tiny import tiny
 from torch import distributed, multiprocessing
 
 from datasets import dataset as data
 from models.registry import MODELS
 from models.trainer import TrainOptions, train_vae
-from runtime import training
+from runtime import randomness, training
 from runtime.identity import Identity
 from runtime.randomness import initialising
 
@@ -19,15 +20,18 @@ KINDS = {"residual-hvae": (MODEL | {"halvings": 1}, {}), "nvae": (MODEL | CELLS,
 """Models without and with batch norms, and what their losses have besides."""
 
 
-def train(folder, kind, processes, steps=40, at=None, **options):
-    """The losses of all steps of a training in ``folder``; ``at``: a step at whose end it is broken off, unfinished."""
+def train(folder, kind, processes, steps=40, at=None, pretend=False, **options):
+    """The losses of all steps of a training in ``folder``.
+
+    ``at``: a step at whose end it is broken off, unfinished; ``pretend``: whether it is done on the pretend accelerator.
+    """
     digits = folder.parent / "digits"
     data.fetch("digits", digits, folder.parent / "raw")
     settings = tiny()["experiments"]["deep"]["train"] | KINDS[kind][1] | options
     folder.mkdir(exist_ok=True)
     for gone in folder.glob("group*"):
         gone.unlink()
-    arguments = (processes, folder, digits, kind, settings | {"steps": steps}, at)
+    arguments = (processes, folder, digits, kind, settings | {"steps": steps}, at, pretend)
     multiprocessing.spawn(_member, arguments, nprocs=processes)
     return torch.load(folder / "losses.pt")
 
@@ -36,7 +40,7 @@ class _BrokenOffError(Exception):
     pass
 
 
-def _member(rank, processes, folder, digits, kind, settings, at):
+def _member(rank, processes, folder, digits, kind, settings, at, pretend):
     torch.set_num_threads(1)
     if at is not None:
         training.SAVE_SECONDS = 0.0
@@ -51,8 +55,12 @@ def _member(rank, processes, folder, digits, kind, settings, at):
 
     with initialising(0, "model"):
         model = MODELS[kind](MODELS[kind].Options(**KINDS[kind][0]), dataset.spec.shape)
-    with suppress(_BrokenOffError):
-        train_vae(model, dataset, TrainOptions(**settings), folder / "vae.safetensors", Identity("vae", 0, {}), report)
+    if pretend:  # whose generators are the CPU's
+        own = randomness.generator
+        randomness.generator = lambda *names: own(*names[:4])
+    path, options = folder / "vae.safetensors", TrainOptions(**settings)
+    with suppress(_BrokenOffError), accelerator() if pretend else nullcontext(torch.device("cpu")) as device:
+        train_vae(model.to(device), dataset, options, path, Identity("vae", 0, {}), report)
     if rank == 0:
         torch.save(losses, folder / "losses.pt")
     if processes > 1:
