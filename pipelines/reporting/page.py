@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines import claims, report, results
 from pipelines.config import Config, Experiment, plain
-from pipelines.reporting.published import STANDINGS, Published, Reader, markdown
+from pipelines.reporting.published import ABOUT_EARLIER, STANDINGS, Published, Reader, markdown
 from pipelines.workspace import Workspace
 from runtime.files import write_text
 
@@ -181,6 +181,7 @@ class Report:
             "verdicts": VERDICTS,
             "standings": STANDINGS,
             "one_vae": claims.ABOUT_ONE_VAE,
+            "earlier": ABOUT_EARLIER,
         }
 
     def _page_of(self, name: str, experiment: Experiment) -> dict[str, Any]:

@@ -122,17 +122,29 @@ def load(path: Path) -> Published:
     return claims.document_of(path, Published)
 
 
+EARLIER = "earlier code"
+ABOUT_EARLIER = f"Numbers marked ({EARLIER}) were measured by other code than today's, which may find others.\n"
+
+
 @dataclass(frozen=True)
 class Number:
-    """One of our numbers: mean over seeds, half-width of its 95 % interval, and whether that holds for one VAE alone."""
+    """One of our numbers.
+
+    Attributes:
+        value, interval: mean over seeds, half-width of its 95 % interval.
+        conditional: whether that holds for one VAE alone.
+        earlier: whether other code than today's measured some of it.
+    """
 
     value: float
     interval: float
     conditional: bool
+    earlier: bool
 
     def text(self, sign: int = 1) -> str:
         """As it is shown, times ``sign``."""
-        return claims.with_interval(sign * self.value, self.interval, self.conditional)
+        found = claims.with_interval(sign * self.value, self.interval, self.conditional)
+        return f"{found} ({EARLIER})" if self.earlier else found
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,8 @@ class Reader:
     """
 
     def __init__(self, table: pd.DataFrame, stale: Stale):
-        current = table[stale(table) != "configuration"] if len(table) else table
+        changed = stale(table) if len(table) else pd.Series(dtype=str)
+        current = table.assign(earlier=changed == "code")[changed != "configuration"]
         self._own = {str(name): own for name, own in current.groupby("experiment")}
 
     @cache  # noqa: B019 (a reader lives as long as a report is written)
@@ -179,7 +192,7 @@ class Reader:
                 "`normaliser` or `samples`"
             )
         ((value, interval, conditional),) = found[["value", "interval", "conditional"]].to_numpy()
-        return Number(float(value), float(interval), bool(conditional))
+        return Number(float(value), float(interval), bool(conditional), bool(rows.earlier.any()))
 
     def rows(self, table: Table) -> Iterator[Shown]:
         """The rows of a table."""
@@ -228,7 +241,7 @@ def markdown(published: Published, reader: Reader) -> str:
         headers = ["", "protocol", "decoder", *sides, "standing", "ours wait for"]
         parts.append(f"## {table.title}\n\n{table.paper}: {table.source}. {table.note}\n")
         parts.append("\n".join([_line(headers), _line(["---"] * len(headers)), *map(_of, reader.rows(table))]) + "\n")
-    return "\n".join(parts) + f"\n{claims.ABOUT_ONE_VAE}"
+    return "\n".join(parts) + f"\n{claims.ABOUT_ONE_VAE}\n{ABOUT_EARLIER}"
 
 
 def _of(row: Shown) -> str:
