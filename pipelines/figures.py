@@ -251,18 +251,22 @@ def _convergence(experiment: str, frame: pd.DataFrame) -> Figure | None:
     wanted = [True, True, len(pairs) > 0, len(over_samples) > 0]
     figure, axes = _panels(sum(wanted), 5.0)
     gain_axis, normaliser_axis = axes[:2]
-    styles = _styles([*curves.prior, *over_samples.prior])
+    exact = shown[shown.metric == "loglik-gain"]
+    styles = _styles([*curves.prior, *over_samples.prior, *exact.prior])
     for (prior, metric), curve in curves.groupby(["prior", "metric"]):
         ordered = curve.sort_values("count")
         label, line = ("_", "--") if metric == "loglik-gain-plugin" else (prior, "-")
         values, widths = ordered.value, ordered.interval
         gain_axis.errorbar(ordered["count"], values, widths, linestyle=line, capsize=3, label=label, **styles[prior])
-    exact = shown[shown.metric == "loglik-gain"]
-    for gain in (0.0, *exact.value):
-        gain_axis.axhline(gain, linestyle=":", linewidth=1, color="0.5")
+    gain_axis.axhline(0, linewidth=1, color="0.5")
+    for prior, gain in zip(exact.prior, exact.value, strict=True):
+        label = "_" if prior in over_samples.prior.to_numpy() else prior
+        gain_axis.axhline(gain, linestyle=":", linewidth=1.5, label=label, color=styles[prior]["color"])
     gain_axis.set_ylim(_limits(pd.concat([curves, exact])))
     gain_axis.set(xscale="log", xlabel="base samples per context, M or N", ylabel="gain over the base (nats)")
-    gain_axis.set_title(f"{experiment}\nsampler bound against M (solid), plug-in against N (dashed)", fontsize=10)
+    gain_axis.set_title(
+        f"{experiment}\nsampler bound against M (solid), plug-in against N (dashed), exact (dotted)", fontsize=9
+    )
     _log_normaliser(normaliser_axis, shown[shown.metric.str.startswith("log-z/")], styles)
     normaliser_axis.set_title(experiment)
     if len(pairs):  # the same count stands for N and for M; the two must meet
@@ -279,7 +283,6 @@ def _convergence(experiment: str, frame: pd.DataFrame) -> Figure | None:
         axis.set(xscale="log", xlabel="importance samples per example, S", ylabel="gain over the base (nats)")
         axis.set_title(f"{experiment}\nat the largest M", fontsize=10)
     _legend_below(figure)
-    _label_points(gain_axis, ((gain_axis.get_xlim()[0], gain, prior) for prior, gain in _levels(exact)))
     return figure
 
 
@@ -288,11 +291,6 @@ def _limits(gains: pd.DataFrame) -> tuple[float, float]:
     usual = gains.interval.median()
     widths = gains.interval.clip(upper=4 * usual).fillna(0)
     return min(0.0, (gains.value - widths).min()) - usual / 2, max(0.0, (gains.value + widths).max()) + usual / 2
-
-
-def _levels(exact: pd.DataFrame) -> list[tuple[str, float]]:
-    """The gain of every exact prior, the base's own zero first."""
-    return [(BASELINE, 0.0), *zip(exact.prior, exact.value, strict=True)]
 
 
 def _log_normaliser(axis: Axes, frame: pd.DataFrame, styles: Mapping[Any, Mapping[str, Any]]) -> None:
