@@ -132,6 +132,7 @@ def disturbed(cluster, folder, stage, *disturbances):
         assert not left, "it ended before it could be disturbed"
 
 
+@pytest.mark.timeout(1200)  # four stages, each disturbed twice
 def test_every_stage_outlives_a_killed_worker_and_a_lost_node(stages, cluster):
     folder, expected, table = stages
     found = None
