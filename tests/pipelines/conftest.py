@@ -1,5 +1,6 @@
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,13 @@ def checkout(begun, store):
 def done(begun, finished):
     """A copy of ``finished`` to change; it is the current folder."""
     return shutil.copytree(finished, begun, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def stages_alone(monkeypatch):
+    """Stages without their mirror in MLflow and without the check of shapes before them."""
+    from pipelines import blueprint, tracking
+
+    monkeypatch.setattr(tracking, "stage", lambda *_: nullcontext())
+    monkeypatch.setattr(tracking, "record", lambda *_: None)
+    monkeypatch.setattr(blueprint, "check", lambda *_: None)

@@ -4,16 +4,15 @@ import os
 import shutil
 import sys
 import time
-from contextlib import nullcontext
 
 import pytest
-import torch
+from outcome import made, numbers, same
 from tiny import tiny, write_params
 
-from pipelines import blueprint, fanout, results, tracking
+from pipelines import fanout
 from pipelines.fanout import Machine, Task
 from pipelines.stages import Pipeline
-from runtime import checkpoints, hardware
+from runtime import hardware
 from runtime.errors import UserError
 
 DRAWN = ("samples", "measured", "evaluation")
@@ -21,11 +20,8 @@ DRAWN = ("samples", "measured", "evaluation")
 
 
 @pytest.fixture
-def sampled(done, monkeypatch):
+def sampled(done, stages_alone):
     """A checkout in which one process has done all of ``deep``, and what it made by file."""
-    monkeypatch.setattr(tracking, "stage", lambda *_: nullcontext())
-    monkeypatch.setattr(tracking, "record", lambda *_: None)
-    monkeypatch.setattr(blueprint, "check", lambda *_: None)
     params = tiny()
     deep = params["experiments"]["deep"]
     deep |= {"seeds": [0], "sample": deep["sample"] | {"images": 130, "rows_per_file": 100}}
@@ -37,21 +33,6 @@ def sampled(done, monkeypatch):
         stage("deep")
     table = numbers(pipeline.evaluate("deep"))
     return done, table, made(done)
-
-
-def made(folder):
-    paths = [*(folder / "artifacts" / "deep").rglob("*.safetensors"), *(folder / "data" / "features").rglob("*.safetensors")]
-    found = {}
-    for path in paths:
-        tensors = checkpoints.load(path, "")[0]
-        tensors.pop("seconds", None)
-        found[path.relative_to(folder)] = tensors
-    return found
-
-
-def numbers(path):
-    table = results.read(path, "")
-    return table[~table.metric.str.contains("seconds")].drop(columns=["seconds", "revision"]).reset_index(drop=True)
 
 
 def again(folder, machine):
@@ -66,11 +47,7 @@ def again(folder, machine):
 def test_two_workers_share_the_work_of_one_seed(sampled):
     folder, table, before = sampled
     assert again(folder, Machine(workers=2)).equals(table)
-    after = made(folder)
-    assert after.keys() == before.keys()
-    assert all(
-        torch.equal(tensor, after[path][name]) for path, tensors in before.items() for name, tensor in tensors.items()
-    )
+    assert same(before, made(folder))
 
 
 def test_two_workers_that_start_anew_find_all_of_it_done(sampled, monkeypatch):
