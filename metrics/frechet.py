@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from runtime.errors import UserError
@@ -56,7 +57,8 @@ class Moments:
         """Unbiased, (d, d). Raises UserError for fewer than two vectors."""
         if self.count < 2:
             raise UserError(f"a covariance needs at least 2 images, not {self.count}; draw more")
-        return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
+        of_means = torch.outer(self.mean, self.mean).mul_(self.count)
+        return torch.sub(self.outer, of_means, out=of_means).div_(self.count - 1)  # in place: d² numbers are 34 MB at 2 048
 
 
 def _root(symmetric: Tensor) -> Tensor:
@@ -75,13 +77,15 @@ def _product_root(a: Tensor, b: Tensor) -> Tensor:
 
     With any F of F Fᵀ = Σ_a, Σ_a Σ_b has the eigenvalues of the symmetric Fᵀ Σ_b F: real by construction, where a general
     matrix root of the product returns complex rounding errors. A Cholesky factor is had for a tenth of the eigenvectors'
-    price, which Σ_a^½ takes; what is singular, on either side, has no such factor.
+    price, which Σ_a^½ takes, and LAPACK's ``sygst`` forms its Fᵀ Σ_b F, of which it fills the lower half, in less than half
+    the time of two products; what is singular, on either side, has no such factor.
     """
     if len(a) > EIGEN_ROOT:
         for first, second in ((a, b), (b, a)):
             factor = _factor(first)
             if factor is not None:
-                return torch.linalg.eigvalsh(factor.T @ second @ factor).clamp(min=0).sqrt().sum()
+                product, _ = lapack.dsygst(second.numpy().T, factor.numpy(), itype=2, lower=1)
+                return torch.linalg.eigvalsh(torch.from_numpy(product)).clamp(min=0).sqrt().sum()
     root = _root(a)
     return torch.linalg.eigvalsh(root @ b @ root).clamp(min=0).sqrt().sum()
 

@@ -153,7 +153,9 @@ def test_pretrained_networks_find_the_same_features_on_it(device, network, tmp_p
     images = torch.rand(2, 3, 32, 32, device="cpu")
     found = network()(images)
     monkeypatch.setattr(hardware, "device", lambda: torch.device("cpu"))
-    assert torch.equal(found, network()(images))
+    expected = network()(images)
+    scale = expected.abs().max()  # random weights make features as small as 1e-7
+    torch.testing.assert_close(found / scale, expected / scale)
 
 
 class StoppedError(Exception):
