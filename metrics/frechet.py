@@ -118,7 +118,7 @@ def fid(features: Tensor, reference: Tensor, seed: int) -> tuple[float, float]:
     covariances: it errs more where they agree, the more the larger d/n.) The distance itself is biased upwards, the more the
     fewer the rows: compare equal n alone.
 
-    Rows may be a file, mapped: ROWS_AT_ONCE are held in float64, beside the moments, (2 BLOCKS + 2) d² numbers: 1.4 GB for
+    Rows may be a file, mapped: ROWS_AT_ONCE are held in float64, beside the moments, (2 BLOCKS + 8) d² numbers: 1.6 GB for
     2 048 features.
 
     Raises:
