@@ -101,7 +101,7 @@ def _print(*parts: Any) -> None:
 
 @app.command("list", epilog="Example: priorhole list --json | jq -r '.[] | select(.missing == []) | .name'")
 def list_experiments(json: Json = False) -> None:
-    """List the experiments: data set, model, priors, what is pretrained, which stages have not run here."""
+    """List the experiments: data set, model, priors, what is pretrained, planned cost, which stages have not run here."""
     from pipelines.reporting import overview
 
     pipeline = _pipeline()
@@ -142,7 +142,7 @@ def plan(
     gpus: Gpus = 0.0,
     json: Json = False,
 ) -> None:
-    """Say what an experiment would take on this machine, from a few measured steps: nothing of it is run or kept."""
+    """Say what an experiment would take on this machine, from a few measured steps: nothing of it is run."""
     found = _pipeline(threads, workers, shards, gpus).plan(experiment)
     typer.echo(found.json() if json else found.text())
 

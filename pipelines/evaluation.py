@@ -306,9 +306,11 @@ class Evaluation:
         drawn, groups = stored.samples(prior, sampler), range(stored.vae.groups)
         options = stored.recipe.experiment.samplers[sampler]
         n, seconds = drawn.total, drawn.diagnostic("seconds")
+        method = SAMPLERS[options.method]
         common = {
             "sampler": sampler,
-            "proposals": getattr(options, "proposals", 0),
+            # M names the distribution that SIR draws from, which steps after it leave.
+            "proposals": getattr(options, "proposals", 0) if method.weighs else 0,
             "seconds": seconds.sum().item(),
             "precision": "+".join(sorted({file.document["precision"] for file in drawn.files})),
         }
@@ -323,7 +325,7 @@ class Evaluation:
             yield row(f"ess-floor-share/{group}", share, (share * (1 - share) / n) ** 0.5)
         for k in groups:
             yield row(f"ess-fraction/k{k:02d}", *mean_and_error(drawn.diagnostic(f"ess/k{k:02d}"))[:2])
-            if SAMPLERS[options.method](options).accepts:
+            if method(options).accepts:
                 yield row(f"acceptance/k{k:02d}", *mean_and_error(drawn.diagnostic(f"acceptance/k{k:02d}"))[:2])
             latents = drawn.latents(k)
             distance = mmd.mmd(self._aggregate.latents(k), latents)

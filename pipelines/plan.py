@@ -112,9 +112,9 @@ class Plan:
         self.days = sum(stage.wall(self.workers) for stage in self.stages) / 86400
         self.disk = sum(stage.disk for stage in self.stages)
 
-    def json(self) -> str:
-        """All of it, as JSON."""
-        return json.dumps(asdict(self), indent=2)
+    def json(self, settings: Any = None) -> str:
+        """All of it, as JSON, and the ``settings`` that it was made for."""
+        return json.dumps(asdict(self) | ({"settings": settings} if settings is not None else {}), indent=2)
 
     def text(self) -> str:
         """A table for people."""
@@ -260,6 +260,7 @@ class _Measuring:
         self._base = psutil.Process().memory_info().rss
         self._shape = spec(self.experiment.dataset).shape
         self._seeds = len(self.experiment.seeds)
+        self._slopes: dict[Any, tuple[float, float]] = {}
 
     def _stage(self, name: str, tasks: int, seconds: float, disk: int, memory: float, basis: Sequence[str]) -> StagePlan:
         """A stage whose task takes so many bytes beside what the libraries do, wherever its tensors are."""
@@ -413,15 +414,21 @@ class _Measuring:
     def _drawn(self, prior: str, sampler: str, basis: list[str]) -> float:
         """Seconds of an image."""
         options, learned, settings = self.experiment.samplers[sampler], self.stored.prior(prior), self.experiment.sample
+        method = options.method
         key, few = next(
             ((key, few) for key, few in (("proposals", FEW_PROPOSALS), ("steps", FEW_STEPS)) if hasattr(options, key)),
             ("", 1),
         )
         full = getattr(options, key, 1)
+        # Samplers that differ in how many proposals or steps they take cost alike for each.
+        alike = (prior, options.model_dump_json(exclude={key, "until_ess", "step_size"}))
+        if full > few and alike in self._slopes:
+            fixed, slope = self._slopes[alike]
+            return fixed + slope * full
 
         def seconds(rows: int, count: int) -> float:
             changed = options.model_copy(update={key: count} if key else {})
-            drawing = SAMPLERS[options.method](changed)
+            drawing = SAMPLERS[method](changed)
             return _timed(lambda: draw(self.stored.vae, learned, drawing, range(rows), 0, settings.decoding))
 
         rows, count = 1, min(few, full)
@@ -432,11 +439,10 @@ class _Measuring:
         if took * full / count <= 3 * SECONDS:
             took, count = seconds(rows, full), full
         elif count < full:
-            twice = seconds(rows, 2 * count)
-            took, basis[:] = (
-                took + (twice - took) / count * (full - count),
-                [*basis, f"{sampler} from {count} {key}, scaled"],
-            )
+            slope = (seconds(rows, 2 * count) - took) / count
+            basis += [f"{method} from {count} {key}, scaled"]
+            self._slopes[alike] = (took - slope * count) / rows, slope / rows
+            took += slope * (full - count)
         basis.append("images at full batch" if rows == settings.batch else f"{rows} images at a time, scaled")
         return took / rows
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
@@ -98,10 +99,13 @@ class Pipeline:
         return fanout.run(tasks, self.machine, folder)
 
     def plan(self, name: str) -> "Plan":
-        """What the stages would take here, from a few measured steps; nothing is kept of them."""
+        """What the stages would take here, from a few measured steps; only the answer is kept, for ``list``."""
         from pipelines.plan import plan
 
-        return plan(self._seeds(name)[1][0], self.machine)
+        found = plan(self._seeds(name)[1][0], self.machine)
+        with suppress(UserError):  # an answer that cannot be kept is an answer
+            write_text(self.workspace.plan(name), found.json(plain(self.config.experiment(name))))
+        return found
 
     def fetch(self, name: str) -> None:
         """Fetch and prepare the experiment's data set."""

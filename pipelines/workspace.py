@@ -50,6 +50,10 @@ class Workspace:
         """Progress of running tasks."""
         return self.root / "artifacts" / ".progress"
 
+    def plan(self, experiment: str) -> Path:
+        """What ``priorhole plan`` last said of an experiment, and of which settings."""
+        return self.root / "artifacts" / ".plans" / f"{experiment}.json"
+
     def prepared(self, dataset: str) -> Path:
         """A prepared data set, shared by the experiments on it."""
         return self.root / "data" / "prepared" / dataset

@@ -1,4 +1,4 @@
-"""Langevin dynamics on a learned prior p ∝ base·r, group by group or jointly over all groups.
+"""Langevin dynamics on a learned prior p ∝ base·r, group by group, from the base or from SIR, or jointly over all groups.
 
     z ← z + (ε/2) V ∇ log p(z) + (ε V)^½ η,   η ~ N(0, I)
 
@@ -6,6 +6,7 @@ With ``metropolis`` each step is accepted or refused (MALA, Roberts & Tweedie 19
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from models.protocol import HierarchicalVAE, LearnedPrior, descend
 from priors.samplers import GroupDraw, Sampler, Streams
+from priors.sir import SIR
 from runtime.randomness import Noise
 
 
@@ -40,12 +42,36 @@ class Langevin(Sampler):
 
     def draw(self, prior: LearnedPrior, k: int, context: Tensor, streams: Streams) -> GroupDraw:
         """Run one chain per row; its last state is the draw."""
+        return self.chain(prior, k, context, prior.base(k, context).draw(streams("base")), streams)
+
+    def chain(self, prior: LearnedPrior, k: int, context: Tensor, start: Tensor, streams: Streams) -> GroupDraw:
+        """Run one chain per row of ``start``, (batch, *latent shape)."""
         base = prior.base(k, context)
 
         def log_density(z: Tensor) -> Tensor:
             return prior.log_ratio(k, z, context).float() + base.log_prob(z)
 
-        return run(base.draw(streams("base")), log_density, base.variance, self.options, streams)
+        return run(start, log_density, base.variance, self.options, streams)
+
+
+class ResampledLangevin(Langevin):
+    """Chains that start from what SIR keeps of a few proposals, rather than from the base.
+
+    SIR finds the region, which a chain of small steps takes long to reach; where few of M proposals carry the weight the
+    chain then moves within it for less than more proposals cost. With ``metropolis`` the steps leave p ∝ base·r as it is, so
+    they bring SIR's draw nearer to it, however many they are. Neither paper has this sampler.
+    """
+
+    class Options(Langevin.Options, SIR.Options):
+        """Those of ``langevin`` and of ``sir``, whose ``precision`` is that of the proposals' scores alone."""
+
+    options: Options
+
+    def draw(self, prior: LearnedPrior, k: int, context: Tensor, streams: Streams) -> GroupDraw:
+        """Resample, then run one chain per row; ``ess`` is that of the chain."""
+        resampled = SIR(self.options).draw(prior, k, context, streams)
+        chain = self.chain(prior, k, context, resampled.z, streams)
+        return replace(chain, proposals=chain.proposals + resampled.proposals)
 
 
 class JointLangevin(Langevin):

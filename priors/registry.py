@@ -3,7 +3,7 @@
 from priors.evalp import AmortisedPrior, EnergyPrior
 from priors.flow import FlowPrior
 from priors.gmm import GaussianMixturePrior
-from priors.langevin import JointLangevin, Langevin
+from priors.langevin import JointLangevin, Langevin, ResampledLangevin
 from priors.ncp import NoiseContrastivePrior
 from priors.normal import NormalPrior
 from priors.protocol import GroupPrior
@@ -23,5 +23,6 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "ancestral": Ancestral,
     "sir": SIR,
     "langevin": Langevin,
+    "sir-langevin": ResampledLangevin,
     "joint-langevin": JointLangevin,
 }

@@ -1,14 +1,17 @@
 """What there is of every experiment, and what is missing, for the terminal."""
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.table import Table
 
 from pipelines import report, results
-from pipelines.config import Config, Experiment
+from pipelines.config import Config, Experiment, plain
 from pipelines.workspace import Workspace
 
 
@@ -21,6 +24,8 @@ class Overview:
         seeds: how many.
         default: whether a plain ``dvc repro`` runs it.
         pretrained: trained files that came with the checkout.
+        hours, unit: what all stages take by the last ``priorhole plan`` here, in hours of ``unit``, CPU or GPU; None and ""
+            where it was not asked, or for other settings.
         missing: stages that have not left all that they make, in their order; the first is the one to run next.
     """
 
@@ -31,6 +36,8 @@ class Overview:
     priors: list[str]
     default: bool
     pretrained: int
+    hours: float | None
+    unit: str
     missing: list[str]
 
 
@@ -50,8 +57,17 @@ def overview(workspace: Workspace, config: Config, name: str) -> Overview:
         list(experiment.priors),
         name in config.run,
         sum(1 for _ in workspace.published(workspace.artifacts(name)).rglob("*.safetensors")),
+        *_planned(workspace.plan(name), experiment),
         _missing(workspace, name, experiment),
     )
+
+
+def _planned(path: Path, experiment: Experiment) -> tuple[float | None, str]:
+    with suppress(OSError, ValueError):  # no plan, or half of one
+        plan = json.loads(path.read_text())
+        if plan["settings"] == json.loads(json.dumps(plain(experiment))):
+            return plan["hours"], plan["unit"]
+    return None, ""
 
 
 def _missing(workspace: Workspace, name: str, experiment: Experiment) -> list[str]:
@@ -82,15 +98,17 @@ def _missing(workspace: Workspace, name: str, experiment: Experiment) -> list[st
 
 def listed(found: Sequence[Overview]) -> Table:
     """All experiments as a table for the terminal."""
-    table = Table(title="Experiments; * those that a plain 'dvc repro' runs", title_justify="left")
-    for header in ("experiment", "data set", "model", "seeds", "priors", "pretrained", "missing"):
+    title = "Experiments; * those that a plain 'dvc repro' runs; the cost is what 'priorhole plan' last said here"
+    table = Table(title=title, title_justify="left")
+    for header in ("experiment", "data set", "model", "seeds", "priors", "pretrained", "cost", "missing"):
         table.add_column(header, justify="right" if header == "seeds" else "left")
     for one in found:
         star = "*" if one.default else " "
         pretrained = f"{one.pretrained} files" if one.pretrained else ""
         missing = ", ".join(one.missing) or "nothing"
-        priors = ", ".join(one.priors)
-        table.add_row(f"{star} {one.name}", one.dataset, one.model, str(one.seeds), priors, pretrained, missing)
+        cost = f"{one.hours:.3g} {one.unit}-hours" if one.hours is not None else ""
+        known = (one.dataset, one.model, str(one.seeds), ", ".join(one.priors), pretrained, cost, missing)
+        table.add_row(f"{star} {one.name}", *known)
     return table
 
 

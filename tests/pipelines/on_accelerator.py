@@ -49,6 +49,7 @@ def params():
             "sir-20": {"method": "sir", "proposals": 20},
             "sir-early": {"method": "sir", "proposals": 120, "until_ess": 2},
             "langevin": {"method": "langevin", "steps": 1, "step_size": 0.01, "metropolis": True},
+            "both": {"method": "sir-langevin", "proposals": 20, "steps": 1, "step_size": 0.01, "precision": "fp32"},
             "joint": {"method": "joint-langevin", "steps": 1, "step_size": 0.01, "metropolis": True},
         },
         "sample": {"images": 4, "batch": 3, "decoding": "sample"},
@@ -73,7 +74,7 @@ def params():
             "normal": {"method": "normal", "samplers": ["ancestral"]},
             "evalp": EVALP | {"groups": [0], "samplers": ["sir-20"]},
             "amortised": {"method": "amortised", "base": "evalp", "samplers": ["ancestral"]},
-            "ncp": NCP | {"samplers": ["sir-early", "langevin", "joint"]},
+            "ncp": NCP | {"samplers": ["sir-early", "langevin", "both", "joint"]},
         },
     }
     nvae = common | {

@@ -9,6 +9,7 @@ from tiny import tiny, write_params
 from datasets.registry import spec
 from pipelines import plan as planning
 from pipelines.fanout import Machine
+from pipelines.reporting.overview import overview, overviews
 from pipelines.stages import Pipeline
 from runtime.errors import UserError
 
@@ -38,12 +39,21 @@ def unit(quick, monkeypatch):
     monkeypatch.setattr(planning, "_timed", lambda call: 1.0)
 
 
-def test_nothing_is_left_behind(checkout, quick):
+def test_nothing_but_the_answer_is_left_behind(checkout, quick):
     params = tiny()
     write_params(checkout, params)
     before = {path: path.stat().st_mtime_ns for path in checkout.rglob("*")}
-    Pipeline(checkout).plan("deep")
-    assert {path: path.stat().st_mtime_ns for path in checkout.rglob("*")} == before
+    pipeline = Pipeline(checkout)
+    found, kept = pipeline.plan("deep"), pipeline.workspace.plan("deep")
+    after = {path: path.stat().st_mtime_ns for path in checkout.rglob("*")}
+    assert {path for path in after if after[path] != before.get(path)} == {*kept.parents[:2], kept}
+    # And that is what `list` knows of it, until the settings are others.
+    listed = {one.name: (one.hours, one.unit) for one in overviews(pipeline.workspace, pipeline.config)}
+    assert listed == {"flat": (None, ""), "deep": (found.hours, "CPU")}
+    params["experiments"]["deep"]["sample"]["images"] += 1
+    write_params(checkout, params)
+    changed = Pipeline(checkout)
+    assert overview(changed.workspace, changed.config, "deep").hours is None
 
 
 def test_tasks_and_disk_are_those_that_the_stages_come_to(done, quick):

@@ -39,6 +39,7 @@ SAMPLER_OPTIONS = {
     "ancestral": {},
     "sir": {"proposals": 6},
     "langevin": {"steps": 3, "step_size": 0.1, "metropolis": True},
+    "sir-langevin": {"proposals": 6, "steps": 3, "step_size": 0.1, "metropolis": True},
     "joint-langevin": {"steps": 3, "step_size": 0.1, "metropolis": True},
 }
 MODELS = {

@@ -9,8 +9,9 @@ from oracles import Known
 from models.distributions import DiagonalNormal
 from models.protocol import Group
 from priors.gmm import Mixture
-from priors.langevin import JointLangevin, Langevin, chain_ess_fraction
+from priors.langevin import JointLangevin, Langevin, ResampledLangevin, chain_ess_fraction
 from priors.samplers import Ancestral
+from priors.sir import SIR
 from runtime.randomness import Noise
 
 ROWS = 20_000
@@ -32,6 +33,20 @@ def test_langevin_finds_mean_and_variance_of_a_normal(metropolis):
     assert z.var().item() == pytest.approx(expected, rel=0.04)
     assert (drawn.acceptance == 1).all() or metropolis
     assert not metropolis or 0.5 < drawn.acceptance.mean() < 1
+
+
+def test_steps_after_resampling_bring_its_draw_to_the_target():
+    """Five proposals of N(0, 1) cannot stand for N(2, 0.3²): what SIR keeps of them lies too near to 0, and too wide."""
+    target = Known(lambda z: -((z - 2) ** 2) / (2 * 0.3**2))
+    chain = {"steps": 40, "step_size": 0.05, "metropolis": True}
+    resampled = draw(SIR(SIR.Options(proposals=5)), target).z[:, 0]
+    both = draw(ResampledLangevin(ResampledLangevin.Options(proposals=5, **chain)), target)
+    alone = draw(Langevin(Langevin.Options(**chain)), target).z[:, 0]
+    assert abs(resampled.mean().item() - 2) > 0.5
+    assert both.z.mean().item() == pytest.approx(2, abs=0.02)
+    assert both.z.var().item() == pytest.approx(0.3**2, rel=0.05)
+    assert abs(both.z.mean().item() - 2) < abs(alone.mean().item() - 2)
+    assert (both.proposals == 5 + 40 + 1).all()
 
 
 def test_langevin_finds_the_covariance_of_two_dimensions():
