@@ -4,8 +4,8 @@ On the shapes of `celeba64-nvae` and `cifar10-nvae-lite`, forward and backward a
 that the pipeline takes. Operators are timed one by one as they reach the device, each waited for.
 """
 
-import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,9 @@ class ByKind(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it, wait for it, and put it down."""
-        started = time.perf_counter()
+        started = hardware.clock()
         found = func(*args, **(kwargs or {}))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds, name = time.perf_counter() - started, func.overloadpacket.__name__
+        seconds, name = hardware.clock() - started, func.overloadpacket.__name__
         kind, flop = _described(name, args, found)
         self.seconds[kind] += seconds
         self.flop[kind] += flop
@@ -82,6 +80,21 @@ def _peak(dtype: torch.dtype, device: torch.device) -> float:
     return sum(seen.flop.values()) / sum(seen.seconds.values())
 
 
+def _step_of(stored: Stored, images: int, device: torch.device) -> Callable[[], None]:
+    """A training step of an experiment's VAE, from its first weights."""
+    options, vae = stored.recipe.experiment.train, stored.new_vae().to(device).train()
+    loss, optimizer = _Loss(vae, options), OPTIMIZERS[options.optimizer](vae.parameters(), lr=1e-4)
+    x = torch.rand(images, *spec(stored.recipe.experiment.dataset).shape, device=device)
+    noise = [Noise(0, "benchmark", k, device=device) for k in range(vae.groups)]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        total(loss(x, noise, 1)).backward()
+        optimizer.step()
+
+    return step
+
+
 def main() -> None:
     """A table of kinds for each experiment: share of the time, GFLOP/s, share of the convolution's rate."""
     torch.set_num_threads(1)
@@ -92,33 +105,21 @@ def main() -> None:
     print(f"{processor()}, {torch.get_num_threads()} thread; a dense convolution in {'bf16' if half else 'fp32'}: ", end="")
     print(f"{rate / 1e9:.0f} GFLOP/s")
     for experiment, images in STEPS.items():
-        stored = Stored(Recipe(read(Path("params.yaml")), experiment, 0, Path.cwd()))
-        options, vae = stored.recipe.experiment.train, stored.new_vae().to(device).train()
-        loss = _Loss(vae, options)
-        optimizer = OPTIMIZERS[options.optimizer](vae.parameters(), lr=1e-4)
-        shape = spec(stored.recipe.experiment.dataset).shape
-        x = torch.rand(images, *shape, device=device)
-        noise = [Noise(0, "benchmark", k, device=device) for k in range(vae.groups)]
-
-        def step() -> None:
-            optimizer.zero_grad()
-            total(loss(x, noise, 1)).backward()
-            optimizer.step()
-
+        step = _step_of(Stored(Recipe(read(Path("params.yaml")), experiment, 0, Path.cwd())), images, device)
         step()
-        started = time.perf_counter()
+        started = hardware.clock()
         step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        undisturbed = time.perf_counter() - started
+        whole = hardware.clock() - started
         with ByKind() as seen:
             step()
         seconds, flop = sum(seen.seconds.values()), sum(seen.flop.values())
-        print(f"\n{experiment}: {images} images of {shape}, {flop / images / 1e9:.2f} GFLOP an image, ", end="")
-        print(f"{images / undisturbed:.1f} images/s, {flop / undisturbed / 1e9:.0f} GFLOP/s ({flop / undisturbed / rate:.0%})")
+        print(
+            f"\n{experiment}: {images} images, {flop / images / 1e9:.2f} GFLOP each, {images / whole:.1f} images/s, ", end=""
+        )
+        print(f"{flop / whole / 1e9:.0f} GFLOP/s ({flop / whole / rate:.0%}); of the time, and of the rate:")
         for kind, own in sorted(seen.seconds.items(), key=lambda item: -item[1]):
-            reached = f"{seen.flop[kind] / own / 1e9:8.0f} GFLOP/s {seen.flop[kind] / own / rate:6.0%}" if seen.flop[kind] else ""
-            print(f"{kind:32s} {own / seconds:6.1%} {reached}")
+            speed = seen.flop[kind] / own
+            print(f"{kind:32s} {own / seconds:6.1%}" + (f" {speed / 1e9:8.0f} GFLOP/s {speed / rate:6.0%}" if speed else ""))
 
 
 if __name__ == "__main__":
