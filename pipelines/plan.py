@@ -498,10 +498,12 @@ class _Measuring:
             return _timed(block)
 
         most, many = max(options.samples), max(*options.normaliser, *options.proposals)
-        first, own = min(most, FEW_SAMPLES), min(many, FEW_PROPOSALS)
+        first, least = min(most, FEW_SAMPLES), 2
         fresh = self.groups > 1 and bool(corrected)
-        cheap = seconds(first, 2, 1)
-        a_proposal = max(0.0, seconds(first, own, 1) - cheap) / own / min(options.resamples, first) if fresh else 0.0
+        cheap = seconds(first, least, 1)
+        own = min(many, FEW_PROPOSALS if cheap < SECONDS else FEW_PROPOSALS // 10)
+        more = max(0.0, seconds(first, own, 1) - cheap) if fresh and own > least else 0.0
+        a_proposal = more / max(1, own - least) / min(options.resamples, first)
         above = sum(size > options.resamples for size in options.samples)
         each = cheap * most / first + a_proposal * many * options.resamples * (1 + above)
         examples = 1
@@ -519,9 +521,10 @@ class _Measuring:
     def _mmd(self) -> float:
         """Seconds of one."""
         group = max(self.stored.vae.layout(), key=lambda group: math.prod(group.latent))
-        x = torch.randn(min(self.experiment.sample.images, latent_rows([group]), 500), math.prod(group.latent))
-        rows = min(self.experiment.sample.images, latent_rows([group]))
-        return _timed(lambda: mmd.mmd(x, x.flip(0))) * (rows / len(x)) ** 2
+        rows, width = min(self.experiment.sample.images, latent_rows([group])), math.prod(group.latent)
+        few = min(rows, 500 if width < 1000 else 100)
+        x = torch.randn(few, width)
+        return _timed(lambda: mmd.mmd(x, x.flip(0))) * (rows / few) ** 2
 
     def _features(self, name: str, basis: list[str]) -> tuple[float, float]:
         """Seconds of an image, and of training the network of that name."""

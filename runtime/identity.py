@@ -29,7 +29,7 @@ SAME_NUMBERS = {
     "4f709c64878c9b62": "451893a52f719ebe",  # datasets.dataset: mapped, not read; images of more bits than one, and flips
     "7a80c16d0e3c3503": "e5b95cb1f7b56421",  # datasets.registry: data sets of colour images; which have classes
     "1dbefe1db1d6cb6a": "2b770d040289aa4e",  # metrics.features: training images by index; another network
-    "f11acaa4dea02bf7": "c7efeccda9257c66",  # metrics.frechet: another root for more features than on record
+    "e4a6466d938e630d": "c7efeccda9257c66",  # metrics.frechet: another root for more features than on record; in place
     "e40cd314e3592e32": "976484f91278a5af",  # metrics.likelihood: in parts that fit a memory; divergences at a draw
     "f04622cb2d4f85cb": "3183b2e39068120a",  # models.distributions: a deterministic encoder's; NVAE's mixture as published
     "76b6665bc60af1ca": "5e6557852b216a10",  # models.layers: NVAE's norms as published
@@ -41,6 +41,8 @@ SAME_NUMBERS = {
     "69decb97580322f5": "8d87dd2567a910b0",  # models.trainer: divergences at a draw; options of NVAE; parts of a batch
     "c0c26bce6390a388": "99e61cf451017ef9",  # priors.gmm: draws in parts that fit a memory
     "34380c73d1763a4b": "06f37b447cc1aee0",  # priors.protocol: fits to posterior means too
+    "91b9ceef70b4b06b": "8a01ee2bc3db2a8b",  # priors.langevin: chains that start from SIR
+    "86782bc0899fae9a": "969392a3497bb9fa",  # priors.registry: chains that start from SIR
     "5cf6d6b8f5dba651": "ca3329d4c0473080",  # priors.sampling: decoding has a function of its own
     "338ecebd5c3038a9": "c3687b76835e918d",  # priors.trainer: reads what it needs; fits to means; a wait for a device a step
     "7fe53e3e34e25f38": "3dbeda7e8161256f",  # runtime.hardware: waits for the device before a clock is read; no TF32
