@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -81,23 +82,26 @@ def of_results(frame: pd.DataFrame, folder: Path, bases: Collection[str]) -> Ite
 
 
 def of_artifacts(stored: Stored, folder: Path) -> Iterator[Path]:
-    """Draw the pictures of one seed's latents and samples; nothing where its artifacts are not here.
+    """Draw the pictures of one seed's latents and samples; of some of the samples where the others are not here.
 
     Yields:
-        The paths written.
+        The paths written. A picture of all samples stays where fewer are here.
     """
-    truth = spec(stored.recipe.experiment.dataset).truth
-    try:
-        layout = stored.vae.layout()
-        drawn = {(prior, sampler): stored.samples(prior, sampler).first(POINTS) for prior, sampler in stored.recipe.draws()}
-    except UserError:
+    truth, drawn = spec(stored.recipe.experiment.dataset).truth, dict[tuple[str, str], torch.Tensor]()
+    for prior, sampler in stored.recipe.draws():
+        with suppress(UserError):
+            drawn[prior, sampler] = stored.samples(prior, sampler).first(POINTS)
+    path = folder / f"{stored.recipe.name}-samples.png"
+    made_from: str | None = picture_digest(stored.recipe.experiment)
+    if len(drawn) == len(stored.recipe.draws()):
+        corrected = next((prior for prior in stored.recipe.experiment.priors if not stored.prior(prior).exact), None)
+        if corrected is not None and [group.latent for group in stored.vae.layout()] == [(2,)]:
+            yield _save(_hole(stored, corrected), folder / f"{stored.recipe.name}-hole.png", made_from)
+    elif not drawn or (path.exists() and _drawn_from(path) == made_from):
         return
-    made_from = picture_digest(stored.recipe.experiment)
-    corrected = next((prior for prior in stored.recipe.experiment.priors if not stored.prior(prior).exact), None)
-    if corrected is not None and [group.latent for group in layout] == [(2,)]:
-        yield _save(_hole(stored, corrected), folder / f"{stored.recipe.name}-hole.png", made_from)
-    picture = _against_modes(drawn, truth) if truth is not None else _grids(drawn)
-    yield _save(picture, folder / f"{stored.recipe.name}-samples.png", made_from)
+    else:
+        made_from = None  # so that it is drawn anew once there is more
+    yield _save(_against_modes(drawn, truth) if truth is not None else _grids(drawn), path, made_from)
 
 
 def grids(stored: Stored, folder: Path) -> None:
@@ -150,12 +154,15 @@ def stale_pictures(folder: Path, current: Mapping[str, str]) -> list[Path]:
         if ending is None:
             continue
         now = current.get(path.stem.removesuffix(ending))
-        with Image.open(path) as picture:
-            drawn_from = picture.info.get("Description")
-        if now is None or drawn_from not in (None, now):
+        if now is None or _drawn_from(path) not in (None, now):
             path.unlink()
             removed.append(path)
     return removed
+
+
+def _drawn_from(path: Path) -> str | None:
+    with Image.open(path) as picture:
+        return picture.info.get("Description")
 
 
 def _save(figure: Figure, path: Path, description: str | None = None) -> Path:

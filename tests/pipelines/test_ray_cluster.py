@@ -20,11 +20,14 @@ from runtime.errors import UserError
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
+SOON = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+"""A node that refuses connections is given up after about a second, not fifteen; one that is slow is still waited for."""
+
 
 @pytest.fixture
 def cluster(monkeypatch):
     """Two nodes with a CPU each, named by RAY_ADDRESS; the second can be removed."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": SOON})
     cluster.second = cluster.add_node(num_cpus=1)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     yield cluster

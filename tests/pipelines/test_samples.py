@@ -1,12 +1,15 @@
 """What is kept of samples, and of what the feature network has seen: no more than is needed, and none of it twice."""
 
+import shutil
+
 import pytest
 import torch
+from PIL import Image
 from tiny import ALL_ROWS, tiny, write_params
 
 from metrics.features import BATCH, OwnClassifier
 from models.protocol import Group
-from pipelines import features, results
+from pipelines import features, figures, results
 from pipelines.config import validate
 from pipelines.fanout import Machine
 from pipelines.features import Features
@@ -131,6 +134,29 @@ def test_features_of_other_samples_are_not_taken_for_these(done, monkeypatch):
     found = Features(stored, "own", lambda *_: None)
     samples = stored.samples("ncp", "sir-20")
     assert torch.equal(found.of_samples(samples, "ncp+sir-20"), found.network(samples.first(30)))
+
+
+def test_samples_that_are_here_are_shown_until_all_of_them_are(done):
+    folder, stored = done / "reports" / "figures", Stored(Recipe(tiny(), "deep", 0, done))
+    away = done / "artifacts" / "deep" / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def pictures():
+        paths = list(figures.of_artifacts(Stored(stored.recipe), folder))
+        return [(path.name, Image.open(path).size[0]) for path in paths]
+
+    ((name, whole),) = pictures()
+    assert name == "deep-samples.png"
+    away.rename(done / "away")
+    assert pictures() == []  # and the one of all samples stays
+    assert (folder / name).exists()
+    (folder / name).unlink()
+    for count, draw in enumerate(["normal+ancestral", "ncp+sir-20", "ncp+langevin"], 1):
+        shutil.copytree(done / "away" / draw, away / draw)
+        ((_, width),) = pictures()
+        assert width == pytest.approx(whole * count / 3, rel=0.1)
+    shutil.rmtree(away / draw)
+    assert pictures() == []
 
 
 def test_features_of_what_the_experiment_no_longer_draws_are_dropped(done):
