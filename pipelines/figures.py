@@ -88,6 +88,10 @@ def of_artifacts(stored: Stored, folder: Path) -> Iterator[Path]:
         The paths written. A picture of all samples stays where fewer are here.
     """
     truth, drawn = spec(stored.recipe.experiment.dataset).truth, dict[tuple[str, str], torch.Tensor]()
+    try:
+        layout = stored.vae.layout()
+    except UserError:
+        return
     for prior, sampler in stored.recipe.draws():
         with suppress(UserError):
             drawn[prior, sampler] = stored.samples(prior, sampler).first(POINTS)
@@ -95,7 +99,7 @@ def of_artifacts(stored: Stored, folder: Path) -> Iterator[Path]:
     made_from: str | None = picture_digest(stored.recipe.experiment)
     if len(drawn) == len(stored.recipe.draws()):
         corrected = next((prior for prior in stored.recipe.experiment.priors if not stored.prior(prior).exact), None)
-        if corrected is not None and [group.latent for group in stored.vae.layout()] == [(2,)]:
+        if corrected is not None and [group.latent for group in layout] == [(2,)]:
             yield _save(_hole(stored, corrected), folder / f"{stored.recipe.name}-hole.png", made_from)
     elif not drawn or (path.exists() and _drawn_from(path) == made_from):
         return

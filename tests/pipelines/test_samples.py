@@ -137,12 +137,12 @@ def test_features_of_other_samples_are_not_taken_for_these(done, monkeypatch):
 
 
 def test_samples_that_are_here_are_shown_until_all_of_them_are(done):
-    folder, stored = done / "reports" / "figures", Stored(Recipe(tiny(), "deep", 0, done))
+    folder, recipe = done / "reports" / "figures", Recipe(tiny(), "deep", 0, done)
     away = done / "artifacts" / "deep" / "samples"
     folder.mkdir(parents=True, exist_ok=True)
 
     def pictures():
-        paths = list(figures.of_artifacts(Stored(stored.recipe), folder))
+        paths = list(figures.of_artifacts(Stored(recipe), folder))
         return [(path.name, Image.open(path).size[0]) for path in paths]
 
     ((name, whole),) = pictures()
