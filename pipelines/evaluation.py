@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -140,8 +142,8 @@ class Evaluation:
         if self.stored.recipe.experiment.evaluate.likelihood is None:
             return
         stored = self.stored
+        found = self._measured()
         pools = {name: self.pool(name) for name in self._corrected}
-        found = self._measured(pools)
         for key, values in found.items():
             prior, _, what = key.partition("/")
             broken = int((~values.isfinite()).sum())
@@ -150,8 +152,7 @@ class Evaluation:
         truth = spec(stored.recipe.experiment.dataset).truth
         density = None if truth is None else truth.log_density(self._examples().double())
         for key, values in found.items():
-            if key not in ("seconds", "block"):
-                yield from self._likelihood_rows(key, values, found, pools, density)
+            yield from self._likelihood_rows(key, values, found, pools, density)
 
     def _refuse(self, prior: str, what: str, broken: int, count: int) -> NoReturn:
         """Raises UserError for numbers that are not finite, of which a mean would say nothing."""
@@ -196,50 +197,105 @@ class Evaluation:
         checkpoints.save(path, {"log_r": pool.log_r.cpu()}, identity, rows=size)
         return pool
 
-    def _measured(self, pools: dict[str, Pool], part: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """Per-example numbers of all priors on the same test examples (:func:`spread`), kept on disk block by block.
+    def _measured(self) -> dict[str, Tensor]:
+        """Per-example numbers of all priors on the same test examples (:func:`spread`), each prior's kept on disk.
 
-        They are log-likelihoods, NCE losses of the priors that have a normaliser, and the model's KL terms.
-
-        Args:
-            pools: of the corrected priors.
-            part: the first example and the one behind the last; all, put together of what parts there are, if absent.
+        They are log-likelihoods, NCE losses of the priors that have a normaliser, and the model's KL terms. What is missing
+        is measured in one go: the priors share the posterior samples, and a prior that is added costs itself alone.
         """
-        stored, recipe, priors, count = self.stored, self.stored.recipe, self._priors, self._limit
-        first, end = part or (0, count)
+        self._deal_out()
+        missing = self._missing
+        if missing:
+            parts = {path: identity for path, identity, _ in map(partial(self._part, missing), self.stretches())}
+            join(self._joint, self._identity(missing), parts, self._batch)
+            self._in_blocks(self._joint, self._identity(missing), range(self._limit), missing)
+            self._deal_out()
+        found: dict[str, Tensor] = {}
+        for name in self._priors:
+            path = self._path(name)
+            found |= checkpoints.load_verified(
+                path, self._identity([name]), f"priorhole evaluate {self.stored.recipe.name}"
+            )[0]
+        return found
+
+    def measure(self, part: tuple[int, int]) -> None:
+        """One of the :meth:`stretches` of what is missing, to a file of its own."""
+        missing = [] if self._joint.exists() else self._missing
+        if missing:
+            path, identity, rows = self._part(missing, part)
+            self._in_blocks(path, identity, rows, missing)
+
+    @property
+    def _missing(self) -> list[str]:
+        """The priors whose numbers are not there."""
+        names = self._priors
+        return [name for name in names if checkpoints.load_current(self._path(name), self._identity([name])) is None]
+
+    def _in_blocks(self, path: Path, identity: Identity, examples: range, names: Sequence[str]) -> None:
+        """The numbers of some priors on some examples, to a file that is kept block by block."""
+        recipe, priors = self.stored.recipe, {name: self._priors[name] for name in names}
+        pools = {name: self.pool(name) for name in names if not priors[name].exact}
 
         def compute(rows: range) -> dict[str, Tensor]:
-            rows = range(first + rows.start, first + rows.stop)
+            rows = examples[rows.start : rows.stop]
             x = self._examples(slice(rows.start, rows.stop)).to(hardware.device())
             found = log_likelihoods(self._model, priors, pools, x, rows, recipe.seed, self._likelihood)
             for prior in pools:
                 losses = contrastive_losses(self._model, priors[prior], x, rows, recipe.seed)
                 found |= {f"{prior}/nce-loss/k{k:02d}": loss for k, loss in enumerate(losses)}
-            terms = divergences(self._model, x, rows, recipe.seed)
-            return found | {f"{BASELINE}/kl/k{k:02d}": term for k, term in enumerate(terms)}
+            if BASELINE in priors:
+                terms = divergences(self._model, x, rows, recipe.seed)
+                found |= {f"{BASELINE}/kl/k{k:02d}": term for k, term in enumerate(terms)}
+            return found
 
+        in_blocks(path, identity, len(examples), self._batch, compute, self.report)
+
+    def _deal_out(self) -> None:
+        """Where numbers of several priors lie in one file, give each prior its own.
+
+        A run that is killed while it does so finds that file again, whatever of its own files a prior has by then.
+        """
+        if not self._joint.exists():
+            return
+        with suppress(UserError):  # of a file that is broken, and measured anew
+            made = checkpoints.load(self._joint, f"priorhole evaluate {self.stored.recipe.name}")[1]
+            names = [name for name in self._priors if name in made["config"].get("prior digests", {})]
+            found = checkpoints.load_current(self._joint, self._identity(names))
+            values = {} if found is None else found[0]
+            for name in names if values else ():
+                own = {key: value for key, value in values.items() if key.startswith(f"{name}/")}
+                checkpoints.save(self._path(name), own, self._identity([name]), rows=self._limit)
+        self._joint.unlink()
+
+    @property
+    def _joint(self) -> Path:
+        """What is measured in one go, before each prior has its own."""
+        return self.stored.recipe.workspace.evaluation(self.stored.recipe.name) / f"{self._stem()}.safetensors"
+
+    def _stem(self, prior: str = "") -> str:
+        return f"likelihood-{self._limit}{f'-{prior}' * bool(prior)}-seed-{self.stored.recipe.seed}"
+
+    def _path(self, prior: str) -> Path:
+        return self._joint.with_name(f"{self._stem(prior)}.safetensors")
+
+    def _part(self, names: Sequence[str], part: tuple[int, int]) -> tuple[Path, Identity, range]:
+        """Where the numbers of some priors on some examples are kept, and from what they are made."""
+        start, stop = part
+        identity = self._identity(names)
+        identity = replace(identity, config=identity.config | {"rows": [start, stop]})
+        return self._joint.with_name(f"{self._stem()}.rows-{start:08d}-{stop:08d}.safetensors"), identity, range(start, stop)
+
+    def _identity(self, names: Sequence[str]) -> Identity:
+        """From what the numbers of some priors are made."""
+        stored, recipe = self.stored, self.stored.recipe
         config = {
             "vae digest": stored.vae_document["digest"],
-            "prior digests": {name: stored.identities.chain_digests(name, stored.groups) for name in priors},
+            "prior digests": {name: stored.identities.chain_digests(name, stored.groups) for name in names},
             "likelihood": plain(self._likelihood),
-            "examples": count,
+            "examples": self._limit,
         }
-        modules = {module for name in priors for module in chain_modules(recipe.experiment, name)}
-        source = source_digest("metrics.likelihood", *sorted(modules))
-        identity = Identity(recipe.name, recipe.seed, config, source)
-        folder, name, batch = recipe.workspace.evaluation(recipe.name), f"likelihood-{count}-seed-{recipe.seed}", self._batch
-        parts = {
-            folder / f"{name}.rows-{start:08d}-{stop:08d}.safetensors": replace(
-                identity, config=config | {"rows": [start, stop]}
-            )
-            for start, stop in ([part] if part else self.stretches())
-        }
-        if part:
-            path, identity = next(iter(parts.items()))
-        else:
-            path = folder / f"{name}.safetensors"
-            join(path, identity, parts, batch)
-        return in_blocks(path, identity, end - first, batch, compute, self.report)
+        modules = {module for name in names for module in chain_modules(recipe.experiment, name)}
+        return Identity(recipe.name, recipe.seed, config, source_digest("metrics.likelihood", *sorted(modules)))
 
     @property
     def _batch(self) -> int:
@@ -249,10 +305,6 @@ class Evaluation:
         """The examples in PARTS parts, at most, of whole batches: what is measured side by side."""
         blocks = -(-self._limit // self._batch)
         return row_parts(self._limit, -(-blocks // PARTS) * self._batch)
-
-    def measure(self, part: tuple[int, int]) -> None:
-        """One of the :meth:`stretches`, to a file of its own."""
-        self._measured({name: self.pool(name) for name in self._corrected}, part)
 
     @property
     def _likelihood(self) -> LikelihoodOptions:

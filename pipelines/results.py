@@ -236,11 +236,15 @@ def methods(frame: pd.DataFrame) -> pd.DataFrame:
         exact prior, or under the sampler bound), ``train-seconds``, ``seconds-per-image``, ``proposals-per-image`` and each
         metric of image quality, another for the ``interval`` of each and for whether it is ``conditional``, and the means
         over groups of ``ess-fraction`` and ``mmd2``; NaN where there is no such number. ``attrs["qualities"]`` names the
-        metrics of image quality.
+        metrics of image quality, the one to show alone first.
     """
     frame = headline(frame)
     own = frame[frame.sampler != ""]
-    qualities = sorted(name for name in own.metric.unique() if re.match("fid|kid|off-mode", name))
+    # A data set's own classifier behind networks that know more than its classes.
+    qualities = sorted(
+        (name for name in own.metric.unique() if re.match("fid|kid|off-mode", name)),
+        key=lambda name: (name[:3], any(f"-{dataset}-" in name for dataset in own.dataset.unique()), name),
+    )
     wide = own.groupby(["prior", "sampler"], sort=False).proposals.max().to_frame()
     for names, rows in (
         (("loglik", "loglik-plugin", "loglik-gain", "train-seconds"), frame[frame.sampler == ""].set_index("prior")),

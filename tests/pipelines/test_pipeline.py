@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import ALL_ROWS, double, kill_self, tiny, tiny_beyond, write_params
 
-from pipelines import fingerprints, results
+from pipelines import evaluation, fanout, fingerprints, results
 from pipelines import stored as pipelines_stored
 from pipelines.aggregate import leading, spread
 from pipelines.config import read
@@ -198,12 +198,67 @@ def test_sampling_goes_on_from_whole_files_and_evaluation_from_a_partial_one(don
             with contextlib.suppress(Killed):
                 getattr(Pipeline(done), stage)("flat")
                 break
-    assert sorted(killed) == sorted([*samples, *map(blocks.partial_path, likelihoods)])
+    together = folder / "evaluation" / "likelihood-30-seed-0.safetensors"  # before each prior has its own
+    assert sorted(killed) == sorted([*samples, blocks.partial_path(together)])
+    assert len(likelihoods) == 4
     for path, tensors in stored.items():
         again = checkpoints.load(path, "")[0]
         assert all(torch.equal(values, again[name]) for name, values in tensors.items() if name != "seconds")
         assert not blocks.partial_path(path).exists()
+    assert not together.exists()
     assert whole.equals(numbers(run_all(done, ["flat"])))
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The names of the priors that likelihoods are measured of, call by call."""
+    calls, measure = [], evaluation.log_likelihoods
+
+    def noted(model, priors, *more):
+        calls.append([*priors])
+        return measure(model, priors, *more)
+
+    monkeypatch.setattr(evaluation, "log_likelihoods", noted)
+    return calls
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_prior_that_is_added_is_measured_alone(done, monkeypatch, measured, workers):
+    monkeypatch.setattr(fanout, "_in_processes", lambda calls, *_: [fanout._call(*call) for call in calls])
+    params = tiny()
+    deep = params["experiments"]["deep"]
+    deep["seeds"] = [0]
+    write_params(done, params)
+    before = numbers(run_all(done, ["deep"], Machine(workers=workers)))
+    assert not measured
+    deep["priors"]["ncp-again"] = deep["priors"]["ncp"] | {"steps": 10}
+    write_params(done, params)
+    after = numbers(run_all(done, ["deep"], Machine(workers=workers)))
+    assert {tuple(names) for names in measured} == {("ncp-again",)}
+    assert after[after.prior != "ncp-again"].reset_index(drop=True).equals(before)
+    gains = after[(after.prior == "ncp-again") & after.metric.str.startswith("loglik-gain")]
+    assert len(gains)
+
+
+def test_a_kill_while_priors_are_given_their_likelihoods_costs_none(done, monkeypatch, measured):
+    whole, folder = numbers(run_all(done, ["flat"])), done / "artifacts" / "flat" / "evaluation"
+    for path in folder.glob("likelihood-*"):
+        path.unlink()
+    save = checkpoints.save
+
+    def killing_save(path, *arguments, **metadata):
+        save(path, *arguments, **metadata)
+        if path.name.startswith("likelihood-30-gmm"):
+            raise Killed
+
+    monkeypatch.setattr(checkpoints, "save", killing_save)
+    with pytest.raises(Killed):
+        Pipeline(done).evaluate("flat")
+    monkeypatch.setattr(checkpoints, "save", save)
+    count = len(measured)
+    assert count
+    assert numbers(results.read(Pipeline(done).evaluate("flat"), "")).equals(whole)
+    assert len(measured) == 2 * count  # of the other seed alone
 
 
 def test_the_size_of_files_changes_no_number(done):

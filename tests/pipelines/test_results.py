@@ -376,6 +376,13 @@ def measured(**changes):
     return {"samples": 0, "normaliser": 0} | changes
 
 
+def test_quality_is_shown_by_networks_that_know_more_than_the_data_sets_classes():
+    drawn = measured(dataset="cifar10-jpeg", prior="ncp", sampler="sir-500", proposals=500)
+    names = ["kid-efficientnet-lite0-5000", "fid-cifar10-jpeg-5000", "kid-cifar10-jpeg-5000", "fid-efficientnet-lite0-5000"]
+    found = results.methods(results.over_seeds(table(*(drawn | {"metric": name} for name in names))))
+    assert found.attrs["qualities"] == [names[3], names[1], names[0], names[2]]
+
+
 def test_methods_put_cost_and_quality_of_every_prior_and_sampler_side_by_side():
     cheap, dear = measured(prior="flow", sampler="ancestral"), measured(prior="ncp", sampler="sir-500", proposals=500)
     bound = measured(samples=30)
