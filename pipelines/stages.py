@@ -220,19 +220,25 @@ class Pipeline:
         tracking.record(runs, partial(_grids, Stored(seeds[0])))
 
     def publish(self, name: str) -> list[Path]:
-        """Write small copies of an experiment's trained files, to be kept under version control. Returns their paths."""
+        """Write small copies of an experiment's trained files, to be kept under version control. Returns their paths.
+
+        What is published already and was not trained here stays as it is. Raises UserError for a file that is neither.
+        """
         experiment, seeds = self._seeds(name)
         require_writable(self.workspace.published(self.workspace.artifacts(name)))
         groups = Stored(seeds[0]).groups
-        files = {self.workspace.vae(name, recipe.vae_seed) for recipe in seeds} | {
-            self.workspace.prior(name, prior, recipe.seed, k)
+        made_by = {self.workspace.vae(name, recipe.vae_seed): "train-vae" for recipe in seeds} | {
+            self.workspace.prior(name, prior, recipe.seed, k): "train-prior"
             for prior in experiment.priors
             for recipe in seeds
             for k in range(groups)
         }
-        for path in files:
+        for path, stage in made_by.items():
+            if not path.exists() and not self.workspace.published(path).exists():
+                raise UserError(f"{path} is missing; make it with: priorhole {stage} {name}")
+        for path in filter(Path.exists, made_by):
             checkpoints.publish(path, self.workspace.published(path))
-        return sorted(self.workspace.published(path) for path in files)
+        return sorted(map(self.workspace.published, made_by))
 
     @_tracked
     def evaluate(self, name: str, examples: int | None = None) -> Path:

@@ -370,6 +370,21 @@ def test_runs_are_mirrored_into_mlflow_and_its_failure_is_a_warning(checkout, mo
     assert capsys.readouterr().err.startswith("warning: this stage was not recorded in MLflow")
 
 
+def test_what_was_published_is_kept_where_it_was_not_trained(done):
+    paths = Pipeline(done).publish("flat")
+    (vae,) = (done / "artifacts" / "flat" / "vae").glob("seed-0.*")
+    before = {path: path.stat().st_mtime_ns for path in paths}
+    vae.unlink()
+    assert Pipeline(done).publish("flat") == paths
+    published = Workspace(done).published(vae)
+    assert [path for path in paths if path.stat().st_mtime_ns == before[path]] == [published]
+    published.unlink()
+    before = {path: path.stat().st_mtime_ns for path in paths if path != published}
+    with pytest.raises(UserError, match=r"seed-0\.safetensors is missing; make it with: priorhole train-vae flat"):
+        Pipeline(done).publish("flat")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
 def test_published_copies_serve_sampling_and_measuring_right_after_a_clone(done, tmp_path_factory, monkeypatch):
     paths = Pipeline(done).publish("flat")
     assert len(paths) == 2 + 2 * 4
