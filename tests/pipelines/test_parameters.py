@@ -291,7 +291,7 @@ OVERRIDES = [
     ("experiments.gaussians25-20d.priors.ncp.steps", 11),
     ("experiments.digits-nvae.priors.ncp.network.depth", 2),
     ("experiments.mnist-nvae-lite-2000.train.steps", 7),
-    ("run", ["gaussians25"]),
+    ("run", ["gaussians25", "digits-nvae"]),
 ]
 
 
