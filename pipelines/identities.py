@@ -1,5 +1,6 @@
 """What every file of one seed is made from: settings, the digests of what lies below it, code and precision."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from models.registry import MODELS
@@ -51,12 +52,20 @@ class Identities:
         }
         return Identity(recipe.name, recipe.vae_seed, config, vae_source(experiment), _precision(experiment.train))
 
-    def group(self, prior: str, k: int, published: bool = False) -> Identity:
-        """Of group k of a prior; if ``published``, from originals of which small copies are here."""
+    def group(self, prior: str, k: int, stored: Mapping[str, Any] | None = None) -> Identity:
+        """Of group k of a prior, made here or by whoever published it.
+
+        Args:
+            prior: the prior.
+            k: the group.
+            stored: of a file that was made elsewhere, its ``config``. It may have been learned on what lies here or on the
+                originals of which small copies lie here: whichever of the two digests it names is the one expected.
+        """
         recipe, options, method = self._recipe, self._recipe.experiment.priors[prior], self._recipe.method(prior, k)
+        named = {stored.get("vae digest"), *stored.get("digests below", [])} if stored else set()
 
         def digest(document: dict[str, Any]) -> str:
-            return document.get("original", document["digest"]) if published else document["digest"]
+            return document["original"] if document.get("original") in named else document["digest"]
 
         # All that lies below, since a prior without parameters of its own has the same digest whatever it follows.
         below = [digest(self._documents.prior_document(name, k)) for name in recipe.experiment.chain(prior)[1:]]

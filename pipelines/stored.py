@@ -100,7 +100,9 @@ class Stored:
 
     def _prior_file(self, prior: str, k: int) -> tuple[Path, Identity]:
         path = self.recipe.trained_file(self.recipe.workspace.prior(self.recipe.name, prior, self.recipe.seed, k))
-        return path, self.identities.group(prior, k, published=not self.recipe.is_own(path))
+        own = self.recipe.is_own(path)
+        stored = None if own else checkpoints.load_document(path, self._made_by("train-prior"))["config"]
+        return path, self.identities.group(prior, k, stored)
 
     def prior_document(self, prior: str, k: int) -> Document:
         """The metadata of one learned group, of which the contents are not read."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -28,6 +29,7 @@ from runtime.errors import UserError
 from runtime.identity import Identity
 from runtime.randomness import Noise
 
+ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("fetch", "train_vae", "train_prior", "sample", "evaluate")
 TIMES = r"train-seconds|seconds-per-image"
 
@@ -403,14 +405,49 @@ def test_published_copies_serve_sampling_and_measuring_right_after_a_clone(done,
     assert not (clone / "artifacts" / "flat" / "evaluation" / "results.csv").exists()
     # A prior that is learned on a copy is not the one that was learned on the original.
     copy.train_prior("flat")
-    stored = Stored(Recipe(tiny(), "flat", 0, clone))
-    assert stored.identities.group("ncp", 0) != stored.identities.group("ncp", 0, published=True)
+    learned_here, learned_before = (
+        checkpoints.load_document(Workspace(folder).prior("flat", "ncp", 0, 0), "")["config"]["vae digest"]
+        for folder in (clone, done)
+    )
+    assert learned_here == Stored(Recipe(tiny(), "flat", 0, clone)).vae_document["digest"] != learned_before
     # A copy of another configuration is refused.
     params = tiny()
     params["experiments"]["flat"]["model"]["width"] = 8
     write_params(clone, params)
     with pytest.raises(UserError, match="another configuration"):
         copy.sample("flat")
+
+
+def test_what_was_learned_on_copies_serves_wherever_they_lie(done, tmp_path_factory):
+    Pipeline(done).publish("flat")
+    clone, another = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("another")
+    params = tiny()
+    params["experiments"]["other"] = params["experiments"]["flat"] | {"trained_in": "flat"}
+    shutil.copytree(done / "pretrained", clone / "pretrained")
+    write_params(clone, params)
+    Pipeline(clone).fetch("flat")
+    Pipeline(clone).train_prior("flat")
+    Pipeline(clone).sample("other")  # from the files of the experiment that learned on a copy
+    Pipeline(clone).publish("flat")
+    shutil.copytree(clone / "pretrained", another / "pretrained")
+    write_params(another, params)
+    for name in ("flat", "other"):
+        Pipeline(another).sample(name)  # from copies of what was learned on a copy, a prior under another among them
+        stored = Stored(Recipe(params, name, 1, another))
+        learned_on = {stored.prior_document(prior, 0)["config"]["vae digest"] for prior in ("gmm", "ncp", "ncp-gmm")}
+        assert learned_on == {stored.vae_document["digest"]}
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in (ROOT / "pretrained").iterdir() if folder.is_dir()))
+def test_the_committed_copies_serve_right_after_a_clone(tmp_path, name):
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    params = read(tmp_path / "params.yaml")
+    for seed in params["experiments"][name]["seeds"]:
+        stored = Stored(Recipe(params, name, seed, tmp_path))
+        assert stored.vae_document["original"]
+        for folder in (ROOT / "pretrained" / name / "priors").glob(f"*/seed-{seed}"):
+            assert [stored.prior_document(folder.parent.name, k)["step"] >= 0 for k in range(stored.groups)]
 
 
 def test_what_is_trained_in_one_experiment_can_serve_another(done):
