@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 import pandas as pd
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -462,8 +463,7 @@ def _undetected(rows: Sequence[pd.DataFrame], value: float, interval: float) -> 
 
 def _correlation(claim: Claim, experiment: str, first: pd.DataFrame, second: pd.DataFrame) -> Number | None:
     """Rank correlation over groups; the seeds of one VAE are not independent, so they are averaged first."""
-    from scipy.stats import spearmanr
-    from scipy.stats import t as student
+    from scipy.special import stdtr, stdtrit
 
     group = {"group": lambda rows: rows.metric.str.split("/").str[1]}
     both = first.assign(**group).merge(second.assign(**group), on=["seed", "vae_seed", "group"])
@@ -471,7 +471,10 @@ def _correlation(claim: Claim, experiment: str, first: pd.DataFrame, second: pd.
     count = len(means)
     if count < FEWEST:
         return None
-    rho, p = spearmanr(means.value_x, means.value_y)
+    freedom = count - 2
+    with np.errstate(divide="ignore", invalid="ignore"):  # perfect correlation, and none to be had: NaN, as it should be
+        rho = np.corrcoef(means.rank(), rowvar=False)[0, 1]
+        p = 2 * stdtr(freedom, -np.abs(rho) * np.sqrt(freedom / (1 - rho**2)))
     sign = 1 if claim.direction == "higher" else -1
     vaes = both.vae_seed.nunique()
     note = f"Spearman, p = {p:.1g}, {count} groups of {vaes} VAE{'s' if vaes > 1 else ''}; margin p < {SIGNIFICANCE:g}"
@@ -479,8 +482,8 @@ def _correlation(claim: Claim, experiment: str, first: pd.DataFrame, second: pd.
     if p < SIGNIFICANCE:
         word = "reproduced" if sign * rho > 0 else "contradicted"
     else:
-        quantile = student.ppf(1 - SIGNIFICANCE / 2, count - 2)
-        critical = quantile / math.sqrt(count - 2 + quantile**2)
+        quantile = stdtrit(freedom, 1 - SIGNIFICANCE / 2)
+        critical = quantile / math.sqrt(freedom + quantile**2)
         reason = f"{count} groups show a correlation of {critical:.2f} or more"
     return Number(experiment, word, float(rho), None, note, reason, vaes == 1)
 

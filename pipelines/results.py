@@ -320,9 +320,9 @@ def _drawn(rows: pd.DataFrame) -> bool:
 
 def _half_width(values: pd.Series, errors: pd.Series, drawn: bool) -> float:
     """Of the 95 % interval of the mean of one value a seed, each with its standard error; see :func:`over_seeds`."""
-    from scipy.stats import t as student
+    from scipy.special import stdtrit
 
     seeds = len(values)
-    spread = student.ppf(0.975, seeds - 1) * values.std(skipna=False) / math.sqrt(seeds) if seeds > 1 else 0.0
+    spread = stdtrit(seeds - 1, 0.975) * values.std(skipna=False) / math.sqrt(seeds) if seeds > 1 else 0.0
     error = 1.96 * math.sqrt((errors**2).mean())
     return max(spread, error / math.sqrt(seeds)) if drawn else math.hypot(spread, error)

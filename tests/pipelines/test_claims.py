@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 from rich.console import Console
+from scipy.stats import spearmanr
 
 from pipelines import claims, results
 from pipelines.claims import Claim
@@ -187,6 +188,20 @@ def test_a_correlation_must_have_the_sign_and_be_significant(shares, rho, word):
     found = verdict(claim(**CORRELATION), *scattered(LOSSES, shares))
     assert (found.word, found.numbers[0].interval) == (word, None)
     assert found.numbers[0].value == pytest.approx(rho, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "shares", [(0.1, 0.3, 0.3, 0.6, 0.4, 0.3), (0.5, 0.4, 0.2, 0.3, 0.1, 0.1), LOSSES], ids=["tied", "-", "1"]
+)
+def test_a_correlation_and_its_significance_are_spearmans(shares):
+    (found,) = verdict(claim(**CORRELATION), *scattered(LOSSES, shares)).numbers
+    expected = spearmanr(LOSSES, shares)
+    assert found.value == pytest.approx(expected.statistic, rel=1e-12)
+    assert f"Spearman, p = {expected.pvalue:.1g}, 6 groups" in found.note
+
+
+def test_a_correlation_with_what_is_not_finite_is_inconclusive():
+    assert verdict(claim(**CORRELATION), *scattered(LOSSES, (0.1, 0.2, 0.3, 0.4, 0.5, float("nan")))).word == "inconclusive"
 
 
 @pytest.mark.parametrize(("vae_seed", "count"), [(0, 6), (None, 18)])
