@@ -1,5 +1,6 @@
 """Disks, users, streams, terminals and clusters as they are found: one line and exit code 2, or work that goes on."""
 
+import json
 import os
 import pprint
 import shlex
@@ -22,6 +23,7 @@ from runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 PRIORHOLE = shlex.join([sys.executable, "-m", "pipelines"])
+EACH = shlex.join([sys.executable, str(ROOT / "tests" / "support" / "each.py")])
 STRANGER = (  # who may read everything, the interpreter in someone's home among it, and write nothing
     "setpriv --reuid 54321 --regid 54321 --clear-groups --inh-caps=+dac_read_search --ambient-caps=+dac_read_search "
 )
@@ -92,58 +94,80 @@ def copy(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "copy")
 
 
+def outcomes(pairs, first="", by=""):
+    """What each command of ``pairs`` of a folder and a command comes to, after a script, run ``by`` somebody."""
+    script = f"{first}exec {by}{EACH} {shlex.quote(json.dumps([(str(folder), command) for folder, command in pairs]))}"
+    done = run(f"unshare -m bash -c {shlex.quote(script)}" if "mount" in first else script, "/")
+    assert done.returncode == 0, done.stderr.decode()
+    return {
+        command: subprocess.CompletedProcess(command, code, output.encode(), errors.encode())
+        for (_, command), (code, output, errors) in zip(pairs, json.loads(done.stdout), strict=True)
+    }
+
+
+def writes_nothing(found, reason):
+    """Commands that only read do so; the others are refused for a reason."""
+    for command in READING:
+        assert (command, found[command].returncode, found[command].stderr) == (command, 0, b"")
+    for command in WRITING:
+        assert reason in refused(found[command]), command
+
+
 @mounts
-@pytest.mark.parametrize("command", [*WRITING, *READING])
-def test_a_read_only_file_system(command, finished):
+def test_a_read_only_file_system(finished):
     here = shlex.quote(str(finished))
-    mount = f"mount --bind {here} {here} && mount -o remount,ro,bind {here} && cd {here}"
-    done = run(f"unshare -m bash -c {shlex.quote(f'{mount} && exec {PRIORHOLE} {command}')}", finished)
-    if command in READING:
-        assert (done.returncode, done.stderr) == (0, b"")
-    else:
-        assert "(Read-only file system)" in refused(done)
+    first = f"mount --bind {here} {here} && mount -o remount,ro,bind {here} && "
+    writes_nothing(outcomes([(finished, command) for command in [*WRITING, *READING]], first), "(Read-only file system)")
 
 
 @strangers
-@pytest.mark.parametrize("command", [*WRITING, *READING])
-def test_a_folder_of_another_user(command, finished):
-    done = run(f"{STRANGER} PRIORHOLE {command}", finished)
-    if command in READING:
-        assert (done.returncode, done.stderr) == (0, b"")
-    else:
-        assert "(Permission denied)" in refused(done)
+def test_a_folder_of_another_user(finished):
+    pairs = [(finished, command) for command in [*WRITING, *READING]]
+    writes_nothing(outcomes(pairs, by=STRANGER), "(Permission denied)")
 
 
 @strangers
-@pytest.mark.parametrize(("command", "folder"), WRITING.items())
-def test_one_output_of_another_user_is_found_before_the_work(command, folder, copy):
-    shutil.rmtree(copy / folder)
-    (copy / folder).mkdir()
-    before = sorted(copy.rglob("*"))
-    run(f"chown -R 54321:54321 . && chown -R root {folder} && chmod 755 {folder}", copy)
-    assert folder in refused(run(f"{STRANGER} PRIORHOLE {command}", copy))
-    assert sorted(copy.rglob("*")) == before
+def test_one_output_of_another_user_is_found_before_the_work(finished, tmp_path):
+    pairs, before = [], {}
+    for place, (command, folder) in enumerate(WRITING.items()):
+        copy = shutil.copytree(finished, tmp_path / str(place))
+        shutil.rmtree(copy / folder)
+        (copy / folder).mkdir()
+        pairs.append((copy, command))
+        before[copy] = sorted(copy.rglob("*"))
+        run(f"chown -R 54321:54321 . && chown -R root {folder} && chmod 755 {folder}", copy)
+    found = outcomes(pairs, by=STRANGER)
+    for copy, command in pairs:
+        assert WRITING[command] in refused(found[command])
+        assert sorted(copy.rglob("*")) == before[copy]
+
+
+def on_full_disks(finished, tmp_path, commands):
+    """What commands come to, each on a full disk of its own; from it was removed, before, what they map to."""
+    first = ""
+    for place, removed in enumerate(commands.values()):
+        disk = tmp_path / str(place)
+        disk.mkdir()
+        here, there = shlex.quote(str(finished)), shlex.quote(str(disk))
+        first += f"mount -t tmpfs -o size=16m none {there} && cp -r {here}/. {there} && cd {there} && "
+        first += f"rm -rf {removed} && {{ (cat /dev/zero > filler; true) 2> /dev/null; }} && "
+    return outcomes([(tmp_path / str(place), command) for place, command in enumerate(commands)], first)
 
 
 @mounts
-@pytest.mark.parametrize("command", WRITING)
-def test_a_full_disk(command, copy):
-    here, folder = shlex.quote(str(copy)), WRITING[command]
-    fill = f"rm -rf {folder} reports/results.csv && (cat /dev/zero > filler; true) 2> /dev/null"
-    disk = f"mount -t tmpfs -o size=16m none /mnt && cp -r {here}/. /mnt && cd /mnt && {fill}"
-    line = refused(run(f"unshare -m bash -c {shlex.quote(f'{disk} && exec {PRIORHOLE} {command}')}", copy))
-    assert "no space left on the device; free some and run the same command again" in line
+def test_a_full_disk(finished, tmp_path):
+    removed = {command: f"{folder} reports/results.csv" for command, folder in WRITING.items()}
+    for done in on_full_disks(finished, tmp_path, removed).values():
+        assert "no space left on the device; free some and run the same command again" in refused(done)
 
 
 @mounts
-@pytest.mark.parametrize("command", ["train-vae flat", "train-prior flat", "sample flat"])
-def test_neither_progress_nor_a_record_stops_what_is_done_when_a_disk_is_full(command, copy):
-    disk = f"mount -t tmpfs -o size=16m none /mnt && cp -r {shlex.quote(str(copy))}/. /mnt && cd /mnt"
-    script = f"{disk} && (cat /dev/zero > filler; true) 2> /dev/null; exec {PRIORHOLE} {command}"
-    done = run(f"unshare -m bash -c {shlex.quote(script)}", copy)
-    (line,) = done.stderr.decode().splitlines()
-    assert line.startswith("warning: this stage was not recorded in MLflow: ")
-    assert done.returncode == 0
+def test_neither_progress_nor_a_record_stops_what_is_done_when_a_disk_is_full(finished, tmp_path):
+    done_before = ["train-vae flat", "train-prior flat", "sample flat"]
+    for done in on_full_disks(finished, tmp_path, dict.fromkeys(done_before, "")).values():
+        (line,) = done.stderr.decode().splitlines()
+        assert line.startswith("warning: this stage was not recorded in MLflow: ")
+        assert done.returncode == 0
 
 
 def test_progress_that_cannot_be_written_stops_nothing(tmp_path):
@@ -152,11 +176,12 @@ def test_progress_that_cannot_be_written_stops_nothing(tmp_path):
     assert (tmp_path / "file").is_file()
 
 
-@pytest.mark.parametrize("command", ["fetch flat", "train-vae flat", "train-prior flat", "sample flat", "evaluate flat"])
-def test_a_lock_that_cannot_be_made(command, copy):
+def test_a_lock_that_cannot_be_made(copy):
     shutil.rmtree(copy / "artifacts" / ".locks")
     (copy / "artifacts" / ".locks").touch()
-    assert "artifacts/.locks" in refused(run(f"PRIORHOLE {command}", copy))
+    locking = ["fetch flat", "train-vae flat", "train-prior flat", "sample flat", "evaluate flat"]
+    for done in outcomes([(copy, command) for command in locking]).values():
+        assert "artifacts/.locks" in refused(done)
 
 
 def test_a_folder_that_is_gone(tmp_path):
