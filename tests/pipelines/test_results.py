@@ -193,26 +193,27 @@ def test_the_error_of_a_seeds_own_draws_is_part_of_the_spread_of_the_seeds():
     assert results.over_seeds(table(*data)).interval.item() == pytest.approx(1.96 * 0.5)
 
 
-TABLES = 1500
+TABLES = {False: 1500, True: 500}
+"""How many are simulated, for a number and for a difference, which is taken table by table."""
 
 
-def simulated(random, seeds, **number):
+def simulated(random, tables, seeds, **number):
     """Tables of a number whose truth is 0, one an experiment.
 
     A seed's value is spread by its VAE, with a standard deviation of 1, and by an error of 0.5, which all seeds share if the
     number is measured on the test set.
     """
     rows = table(*(number | {"seed": seed, "stderr": 0.5} for seed in range(seeds)))
-    error = random.normal(size=(TABLES, seeds if number else 1)) * 0.5
-    values = random.normal(size=(TABLES, seeds)) + error
-    names = np.repeat([f"e{k}" for k in range(TABLES)], seeds)
-    return pd.concat([rows] * TABLES, ignore_index=True).assign(value=values.ravel(), experiment=names)
+    error = random.normal(size=(tables, seeds if number else 1)) * 0.5
+    values = random.normal(size=(tables, seeds)) + error
+    names = np.repeat([f"e{k}" for k in range(tables)], seeds)
+    return pd.concat([rows] * tables, ignore_index=True).assign(value=values.ravel(), experiment=names)
 
 
 def coverage(seeds, difference, **number):
     """Share of simulated tables whose 95 % interval holds the truth."""
     random = np.random.default_rng(seeds)
-    first, second = (simulated(random, seeds, **number) for _ in range(2))
+    first, second = (simulated(random, TABLES[difference], seeds, **number) for _ in range(2))
     if difference:
         pairs = zip(first.groupby("experiment"), second.groupby("experiment"), strict=True)
         found = [results.difference(one, other) for (_, one), (_, other) in pairs]
