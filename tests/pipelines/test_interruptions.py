@@ -138,8 +138,7 @@ PLACES = {
         ("in the driver", False, signal.SIGTERM),
         ("in workers", False, signal.SIGINT),
         ("in workers", True, signal.SIGHUP),
-        ("on Ray", False, signal.SIGTERM),
-        ("on Ray", True, signal.SIGINT),
+        ("on Ray", False, signal.SIGINT),
     ],
 )
 def test_tasks_end_wherever_they_run_and_no_other_begins(place, whole_group, number, checkout):
@@ -198,12 +197,11 @@ def answers(port):
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_server_ends_with_all_its_processes(number, checkout):
+def test_the_server_ends_with_all_its_processes(checkout):
     port = free_port()
     with started(checkout, f"ui --port {port}") as (process, mark):
         wait_until(lambda: answers(port) or process.poll() is not None)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
         assert survivors(mark, 20) == []
 

@@ -24,14 +24,20 @@ SOON = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "he
 """A node that refuses connections is given up after about a second, not fifteen; one that is slow is still waited for."""
 
 
-@pytest.fixture
-def cluster(monkeypatch):
-    """Two nodes with a CPU each, named by RAY_ADDRESS; the second can be removed."""
+@pytest.fixture(scope="module")
+def nodes():
+    """Two nodes with a CPU each; the second can be removed, if another is put in its place."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": SOON})
     cluster.second = cluster.add_node(num_cpus=1)
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     yield cluster
     cluster.shutdown()
+
+
+@pytest.fixture
+def cluster(nodes, monkeypatch):
+    """They are named by RAY_ADDRESS."""
+    monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+    return nodes
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A tiny VAE trained by one process, or by several in a process group, in processes of their own."""
 
 from contextlib import nullcontext, suppress
+from unittest.mock import patch
 
 import torch
 from pretend import accelerator
@@ -15,7 +16,7 @@ from runtime.identity import Identity
 from runtime.randomness import initialising
 
 MODEL = {"groups_per_scale": [2, 1], "latent_channels": 2, "width": 8, "halvings": 0}
-CELLS = {"cells": 1, "expansion": 2}
+CELLS = {"groups_per_scale": [1, 1], "cells": 1, "expansion": 2}
 KINDS = {"residual-hvae": (MODEL | {"halvings": 1}, {}), "nvae": (MODEL | CELLS, {"spectral": 0.01})}
 """Models without and with batch norms, and what their losses have besides."""
 
@@ -32,7 +33,10 @@ def train(folder, kind, processes, steps=40, at=None, pretend=False, **options):
     for gone in folder.glob("group*"):
         gone.unlink()
     arguments = (processes, folder, digits, kind, settings | {"steps": steps}, at, pretend)
-    multiprocessing.spawn(_member, arguments, nprocs=processes)
+    if processes == 1:
+        _member(0, *arguments)
+    else:
+        multiprocessing.spawn(_member, arguments, nprocs=processes)
     return torch.load(folder / "losses.pt")
 
 
@@ -42,8 +46,6 @@ class _BrokenOffError(Exception):
 
 def _member(rank, processes, folder, digits, kind, settings, at, pretend):
     torch.set_num_threads(1)
-    if at is not None:
-        training.SAVE_SECONDS = 0.0
     if processes > 1:
         distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=processes)
     dataset, losses = data.load("digits", digits), []
@@ -59,7 +61,9 @@ def _member(rank, processes, folder, digits, kind, settings, at, pretend):
         own = randomness.generator
         randomness.generator = lambda *names: own(*names[:4])
     path, options = folder / "vae.safetensors", TrainOptions(**settings)
-    with suppress(_BrokenOffError), accelerator() if pretend else nullcontext(torch.device("cpu")) as device:
+    saving = patch.object(training, "SAVE_SECONDS", training.SAVE_SECONDS if at is None else 0.0)
+    on = accelerator() if pretend else nullcontext(torch.device("cpu"))
+    with suppress(_BrokenOffError), saving, on as device:
         train_vae(model.to(device), dataset, options, path, Identity("vae", 0, {}), report)
     if rank == 0:
         torch.save(losses, folder / "losses.pt")
