@@ -1,4 +1,5 @@
-# make repro: from data to a table of claims.   make test: lint, types, tests.   Both make .venv first.
+# make repro: from data to a table of claims.   make test: lint, types, tests.   make test-clusters: those of clusters, groups
+# of processes and servers, which take minutes of starting and killing.   Each makes .venv first.
 PYTHON ?= python3.11
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -10,7 +11,7 @@ ifneq ($(shell cat .venv/installed 2>/dev/null),$(CURDIR))
 FROM_SCRATCH := --clear
 endif
 
-.PHONY: repro test clean
+.PHONY: repro test test-clusters clean
 
 repro: .venv/installed
 	@test -e .git || dvc config --local core.no_scm true
@@ -22,6 +23,9 @@ test: .venv/installed
 	ruff format --check .
 	mypy
 	pytest
+
+test-clusters: .venv/installed
+	pytest -m clusters
 
 clean:
 	rm -rf .venv artifacts data mlruns mlruns.db

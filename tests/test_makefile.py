@@ -45,7 +45,7 @@ def make(folder, target):
     return (folder / "made.log").read_text().count("made"), (folder / "ran.log").read_text()
 
 
-@pytest.mark.parametrize("target", ["repro", "test"])
+@pytest.mark.parametrize("target", ["repro", "test", "test-clusters"])
 @pytest.mark.parametrize("how", [shutil.move, shutil.copytree])
 def test_a_checkout_that_was_moved_or_copied_gets_an_environment_of_its_own(checkout, how, target):
     assert make(checkout, target)[0] == 1

@@ -8,6 +8,8 @@ from models.trainer import TrainOptions
 from runtime.errors import UserError
 from runtime.randomness import Noise
 
+pytestmark = pytest.mark.clusters
+
 LOSS = 1e-4
 """Nats: losses are sums in another order."""
 STEPS = {"residual-hvae": 40, "nvae": 200}

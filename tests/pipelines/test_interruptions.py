@@ -18,6 +18,8 @@ from tiny import tiny, write_params
 from pipelines.stages import Pipeline
 from pipelines.workspace import Workspace
 
+pytestmark = pytest.mark.clusters
+
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "from pipelines.cli import main; main()"
 COMMANDS = {

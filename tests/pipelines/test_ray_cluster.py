@@ -20,6 +20,8 @@ from runtime.errors import UserError
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
+pytestmark = pytest.mark.clusters
+
 SOON = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 """A node that refuses connections is given up after about a second, not fifteen; one that is slow is still waited for."""
 
