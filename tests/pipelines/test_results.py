@@ -533,9 +533,9 @@ def test_a_prior_looks_the_same_in_every_panel_that_one_legend_speaks_of():
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             colours.setdefault(label, set()).add(to_hex(handle.lines[0].get_color()))
-    assert colours.keys() == {"gmm", "ncp", "ncp-gmm"}
+    assert colours.keys() == {"gmm", "ncp"}
     assert all(len(own) == 1 for own in colours.values())
-    assert len(set().union(*colours.values())) == 3
+    assert len(set().union(*colours.values())) == 2
 
 
 def test_the_committed_pictures_are_of_the_experiments_as_they_are(tmp_path):
