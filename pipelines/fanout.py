@@ -351,27 +351,42 @@ def _state(path: Path) -> dict[str, Any] | None:
 
 
 def _overall(paths: Sequence[Path], seconds: float) -> tuple[int, int, int, float | None]:
-    """Of all tasks: how many are done, running and failed, and the seconds that the rest takes at the pace so far."""
+    """Of all tasks: how many are done, running and failed, and the seconds that the rest takes.
+
+    That is at the pace so far, but no less than a running task needs: the first that end may be the short ones.
+    """
     done, failed = ({path for path in paths if path.with_suffix(f".{how}").exists()} for how in ("done", "failed"))
     states = [state for path in paths if path not in done | failed and (state := _state(path))]
     made = len(done) + len(failed) + sum(state["done"] / max(1, state["total"]) for state in states)
-    return len(done), len(states), len(failed), seconds / made * (len(paths) - made) if made else None
+    left = [state["remaining"] for state in states if state["remaining"] is not None]
+    if made:
+        left.append(seconds / made * (len(paths) - made))
+    return len(done), len(states), len(failed), max(left, default=None)
+
+
+def _left(seconds: float | None) -> str:
+    """The time left, in a unit that suits it."""
+    if seconds is None:
+        return ""
+    amount, unit = next(
+        (seconds / size, unit) for size, unit in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= 2 * size or unit == "s"
+    )
+    return f" (about {amount:.{int(unit == 'h')}f} {unit} left)"
 
 
 def _bars(tasks: Sequence[tuple[str, Path]], stop: threading.Event) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}{task.fields[left]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        every = bars.add_task("all tasks", total=len(tasks), note="", visible=len(tasks) > 1)
-        rows = [(bars.add_task(name, total=None, note="", visible=False), path) for name, path in tasks]
+        every = bars.add_task("all tasks", total=len(tasks), note="", left="", visible=len(tasks) > 1)
+        rows = [(bars.add_task(name, total=None, note="", left="", visible=False), path) for name, path in tasks]
         started = time.monotonic()
         while True:
             ended = stop.wait(POLL_SECONDS)
@@ -379,9 +394,13 @@ def _bars(tasks: Sequence[tuple[str, Path]], stop: threading.Event) -> None:
                 over = path.with_suffix(".done").exists()
                 if state := _state(path):
                     shown = len(tasks) <= ROWS_SHOWN or not over
-                    bars.update(row, completed=state["done"], total=state["total"], note=state["note"], visible=shown)
-            done, running, failed, _ = _overall([path for _, path in tasks], time.monotonic() - started)
-            bars.update(every, completed=done + failed, note=f"{running} running" + (f", {failed} failed" if failed else ""))
+                    rest = _left(None if over else state["remaining"])
+                    bars.update(
+                        row, completed=state["done"], total=state["total"], note=state["note"], left=rest, visible=shown
+                    )
+            done, running, failed, left = _overall([path for _, path in tasks], time.monotonic() - started)
+            note = f"{running} running" + (f", {failed} failed" if failed else "")
+            bars.update(every, completed=done + failed, note=note, left=_left(None if ended else left))
             if ended:
                 return
 
@@ -391,10 +410,11 @@ def _lines(tasks: Sequence[tuple[str, Path]], stop: threading.Event) -> None:
     while not stop.wait(LINE_SECONDS):
         if len(tasks) > 1:
             done, running, failed, left = _overall([path for _, path in tasks], time.monotonic() - started)
-            broken, rest = f", {failed} failed" if failed else "", "" if left is None else f" (about {left:.0f} s left)"
-            print(f"all tasks: {done}/{len(tasks)} done, {running} running{broken}{rest}", file=sys.stderr, flush=True)
+            broken = f", {failed} failed" if failed else ""
+            shown = f"{done}/{len(tasks)} done, {running} running{broken}{_left(left)}"
+            print(f"all tasks: {shown}", file=sys.stderr, flush=True)
         for name, path in tasks:
             state = _state(path)
             if state and state["done"] < state["total"]:
-                rest = "" if state["remaining"] is None else f" (about {state['remaining']:.0f} s left)"
-                print(f"{name}: {state['done']}/{state['total']} {state['note']}{rest}", file=sys.stderr, flush=True)
+                shown = f"{state['done']}/{state['total']} {state['note']}{_left(state['remaining'])}"
+                print(f"{name}: {shown}", file=sys.stderr, flush=True)
