@@ -7,7 +7,7 @@ trained model's likelihood, which the pipeline always measures in fp32.
 from pathlib import Path
 
 import torch
-from timing import compare
+from timing import compare, processor
 
 from metrics.likelihood import LikelihoodOptions, log_likelihoods, mean_and_error
 from models.nvae import NVAE
@@ -27,9 +27,7 @@ def main() -> None:
     """The shape of mnist-nvae-lite, a step of forward, backward and Adamax; then its likelihood."""
     device = hardware.device()
     hardware.keep_freed_memory()
-    print(
-        f"{hardware.device_name()}, {torch.get_num_threads()} threads; bf16 gains: {hardware.gains_from_bf16(device.type)}"
-    )
+    print(f"{processor()}, {torch.get_num_threads()} threads; auto is {hardware.used('auto', device.type)}")
     options = NVAE.Options(
         groups_per_scale=[10], latent_channels=1, width=48, patch=4, halvings=1, outer_cells=2, cells=1, expansion=3
     )
