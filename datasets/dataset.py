@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from datasets.registry import Prepared, Preparer, Request, spec
+from datasets.registry import Prepared, Preparer, Request, source_for, spec
 from runtime import arrays
 from runtime.errors import UserError
-from runtime.identity import Identity, source_digest
+from runtime.identity import Identity
 from runtime.options import Options
 from runtime.progress import Report, silent
 from runtime.randomness import generator
@@ -43,7 +43,7 @@ def _identity(name: str) -> Identity:
     if isinstance(entry.prepare, Preparer):
         config["settings"] = dict(entry.prepare.settings)
         modules.append(entry.prepare.module)
-    return Identity("", 0, config, source_digest(*modules))
+    return Identity("", 0, config, source_for(name, *modules))
 
 
 def fetch(name: str, folder: Path, raw: Path, report: Report = silent, workers: int = 1) -> None:

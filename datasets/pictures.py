@@ -14,11 +14,11 @@ from torch import Tensor
 from datasets import decoding
 from datasets.decoding import Cut, Pictures
 from datasets.mnist import MIRROR
-from datasets.registry import Request
+from datasets.registry import Request, source_for
 from runtime import checkpoints, interruption, processes, rowfiles
 from runtime.arrays import Blocks
 from runtime.errors import UserError
-from runtime.identity import Identity, source_digest
+from runtime.identity import Identity
 
 BYTES_AT_ONCE = 2**25
 """Of pixels: what a kill can cost, and what is in memory at a time."""
@@ -87,7 +87,7 @@ def decoded(request: Request, name: str, pictures: Pictures, names: Sequence[str
     """
     folder, block, made_by = request.scratch / name, rows_at_once(request.shape), "the same command again"
     config = {"pictures": pictures.stamp, "names": _digest(names), "cut": repr(cut)}
-    identity = Identity(request.name, 0, config, source_digest(__name__))
+    identity = Identity(request.name, 0, config, source_for(request.name, __name__))
     with processes.pool(request.workers) if request.workers > 1 else nullcontext() as pool:
 
         def compute(rows: range) -> dict[str, Tensor]:

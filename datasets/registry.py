@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from datasets import digits, gaussians25, mnist
 from runtime.arrays import Blocks
 from runtime.errors import UserError
+from runtime.identity import source_digest
 from runtime.progress import Report
 
 
@@ -184,3 +185,15 @@ def spec(name: str) -> DatasetSpec:
     if name not in DATASETS:
         raise UserError(f"data set {name!r} does not exist; there are {', '.join(DATASETS)}")
     return DATASETS[name]
+
+
+FIRST = ("datasets.digits", "datasets.gaussians25", "datasets.mnist")
+"""What digests of code have had in them since the first results, on whatever data these are."""
+
+
+def source_for(name: str, *modules: str) -> str:
+    """Digest of modules that know data sets (:func:`runtime.identity.source_digest`), as far as this one goes.
+
+    So another data set's entry, a new one's or one that is mended, makes nothing stale that is made of this one.
+    """
+    return source_digest(*modules, *FIRST, entries={__name__: name})

@@ -54,7 +54,7 @@ def fingerprint(
         sources["vae"] = vae_source(experiment)
     for name in chain:
         config[f"prior {name}"] = plain(experiment.priors[name], "samplers")
-        sources[f"prior {name}"] = group_source(PRIORS[experiment.priors[name].method])
+        sources[f"prior {name}"] = group_source(experiment, PRIORS[experiment.priors[name].method])
     if sampler:
         config["sampler"] = plain(experiment.samplers[sampler])
         sources["samples"] = samples_source(experiment, prior, sampler)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from datasets.registry import source_for
 from models.registry import MODELS
 from pipelines.config import Experiment, plain
 from pipelines.recipe import Recipe
@@ -76,7 +77,7 @@ class Identities:
             "seed": recipe.seed,
             **({"digests below": below} if below else {}),
         }
-        return Identity(recipe.name, recipe.seed, config, group_source(method), _precision(options))
+        return Identity(recipe.name, recipe.seed, config, group_source(recipe.experiment, method), _precision(options))
 
     def chain_digests(self, prior: str, groups: int) -> list[str]:
         """Of everything trained that a prior's numbers come from, group by group, down its chain."""
@@ -108,12 +109,12 @@ def chain_modules(experiment: Experiment, prior: str) -> list[str]:
 
 def vae_source(experiment: Experiment) -> str:
     """Digest of the code that trains a VAE."""
-    return source_digest("models.trainer", MODELS[experiment.model.name].__module__)
+    return source_for(experiment.dataset, "models.trainer", MODELS[experiment.model.name].__module__)
 
 
-def group_source(method: type[GroupPrior]) -> str:
+def group_source(experiment: Experiment, method: type[GroupPrior]) -> str:
     """Digest of the code that learns a group of a prior."""
-    return source_digest("priors.trainer", method.__module__)
+    return source_for(experiment.dataset, "priors.trainer", method.__module__)
 
 
 def samples_source(experiment: Experiment, prior: str, sampler: str) -> str:
