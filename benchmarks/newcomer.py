@@ -61,7 +61,7 @@ def main() -> None:
             if subprocess.run(command, cwd=checkout, env=environment, stdout=log, stderr=log).returncode:
                 sys.exit(f"failed: {' '.join(command)}; see {log.name}")
 
-    print(f"{processor()}, {os.cpu_count()} cores")
+    print(f"{processor()}, {len(os.sched_getaffinity(0))} cores")
     with step("git clone"):
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(checkout)], check=True)
     with step("make .venv/installed, the first part of make repro"):
