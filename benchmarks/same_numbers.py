@@ -30,11 +30,16 @@ STAGES = ("fetch", "train-vae", "train-prior", "sample", "evaluate")
 
 DIGESTS = """
 import json, pathlib
+from datasets.registry import DATASETS
 from runtime import identity
 identity.SAME_NUMBERS = {}
 folders = ("runtime", "datasets", "models", "priors", "metrics")
 names = (f"{folder}.{path.stem}" for folder in folders for path in pathlib.Path(folder).glob("*.py"))
-print(json.dumps({name: identity._module_digest(name)[0] for name in names if name not in identity.CARRIERS}))
+digests = {name: identity._module_digest(name)[0] for name in names if name not in identity.CARRIERS}
+del digests["datasets.registry"]
+for entry in DATASETS:
+    digests[f"datasets.registry, entry {entry}"] = identity._module_digest("datasets.registry", entry)[0]
+print(json.dumps(digests))
 """
 FIELDS = "import json; from pipelines.config import SampleOptions; print(json.dumps(list(SampleOptions.model_fields)))"
 
