@@ -544,3 +544,22 @@ def test_the_committed_pictures_are_of_the_experiments_as_they_are(tmp_path):
     today = config.validate(config.read(ROOT / "params.yaml"))
     assert any(path.stem.endswith(figures.PICTURES) for path in shown.glob("*.png"))
     assert figures.remove_stale(shown, list(shown.glob("*.png")), today) == []
+
+
+def test_a_correlation_over_groups_counts_each_group_once():
+    """Of one sampler at a time: pooled over those of 5 and 500 proposals, as many points again would blur what both show."""
+    columns = ["prior", "sampler", "metric", "proposals", "value", "interval"]
+    rows = [("ncp", "", f"nce-loss/k{k:02}", 0, 0.2 * k, 0.01) for k in range(5)]
+    for sampler, proposals in (("sir-5", 5), ("sir-500", 500)):
+        rows += [("ncp", sampler, f"ess-fraction/k{k:02}", proposals, (k + 1) / proposals, 0.001) for k in range(5)]
+    rows += [("fewer", "", f"nce-loss/k{k:02}", 0, 0.2 * k, 0.01) for k in range(3)]
+    rows += [("fewer", "sir-5", f"ess-fraction/k{k:02}", 5, 0.3 - 0.1 * k, 0.001) for k in range(3)]
+    figure = figures._nce_against_ess("made", pd.DataFrame(rows, columns=columns))
+    assert figure is not None
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == {
+        "ncp by sir-5, Spearman 1.00",
+        "ncp by sir-500, Spearman 1.00",
+        "fewer by sir-5",
+    }
+    assert figure.axes[0].get_title() == "made"
