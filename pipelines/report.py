@@ -123,7 +123,7 @@ def _optimism(frame: pd.DataFrame) -> Iterator[str]:
             plugin = plugins.loc[bound["prior"]]
             yield (
                 f"{bound['prior']}: the plug-in with N = {plugin.normaliser} exceeds the sampler bound with "
-                f"M = {bound['proposals']} by {plugin.value - bound['value']:.4f} nats."
+                f"M = {bound['proposals']} by {plugin.value - bound['value']:.2g} nats."
             )
 
 
