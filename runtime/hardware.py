@@ -42,8 +42,8 @@ def gains_from_bf16(kind: str) -> bool:
 def cpu_gains_from_bf16(cpuinfo: str) -> bool:
     """Whether bf16 is faster than fp32 on a CPU, given Linux's description of it: with AMX, or with AMD's AVX-512 BF16.
 
-    Intel's cores start one bf16 dot product a cycle where they start two fp32 products, so they gain by AMX alone; a virtual
-    machine may hide that (``benchmarks/precision.py`` prints the ratio).
+    As measured, AMD's EPYC gains by it (``benchmarks/measured/sir.txt``), an Intel Xeon whose virtual machine hides AMX
+    does not (``benchmarks/measured/precision.txt``).
     """
     words = set(cpuinfo.split())
     return "amx_bf16" in words or {"avx512_bf16", "AuthenticAMD"} <= words
