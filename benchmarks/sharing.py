@@ -14,7 +14,8 @@ from pipelines.stages import Pipeline
 def main() -> None:
     """Do both stages anew for an experiment that is trained in the current folder: what they made before is deleted."""
     name, folder = sys.argv[1], Path.cwd()
-    print(processor())
+    experiment = Pipeline(folder, Machine()).config.experiment(name)
+    print(f"{processor()}; {len(experiment.seeds)} seeds, {experiment.sample.images} images by each sampler")
     for stage, outputs in (("sample", ("samples",)), ("evaluate", ("evaluation", "measured"))):
         seconds = {}
         for workers in (1, 2):
