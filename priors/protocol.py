@@ -123,7 +123,8 @@ class TrainedPrior(GroupPrior, ABC):
         rate is cut, and in the end the training stopped, where ``patience`` checks bring no better held-out criterion
         (``runtime.training.Plateau``), so that ``steps`` is only the most it may take. ``checks``: how often, evenly over
         ``steps``, that criterion is measured on ``held_out`` validation examples. ``keep``: the ``last`` state or the
-        ``best`` by it. ``precision``: ``auto`` is bf16 autocast where the hardware gains from it.
+        ``best`` by it. ``weight_decay``: decoupled, as AdamW has it: against networks that learn the training images by
+        heart. ``precision``: ``auto`` is bf16 autocast where the hardware gains from it.
         """
 
         steps: Annotated[int, Field(ge=1)]
@@ -135,6 +136,7 @@ class TrainedPrior(GroupPrior, ABC):
         checks: Annotated[int, Field(ge=1)] = 10
         held_out: Annotated[int, Field(ge=2)] = 1000
         keep: Literal["last", "best"] = "last"
+        weight_decay: Annotated[float, Field(ge=0), options.unless(0.0)] = 0.0
         precision: Precision = "fp32"
 
     options: Options

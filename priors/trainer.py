@@ -145,7 +145,8 @@ def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, d
 
 def _adam(prior: GroupPrior) -> torch.optim.Optimizer:
     assert isinstance(prior, TrainedPrior)
-    return torch.optim.Adam(prior.parameter_groups(), betas=prior.betas, fused=True)
+    decay = prior.options.weight_decay
+    return torch.optim.AdamW(prior.parameter_groups(), betas=prior.betas, weight_decay=decay, fused=True)
 
 
 def _loss(slot: Slot, found: Sequence[Pair], step: int) -> Terms:

@@ -147,6 +147,20 @@ def test_a_group_learns_the_same_alone_as_with_the_others(tmp_path):
         assert torch.equal(tensor, alone.groups[1].state_dict()[name]), name
 
 
+@pytest.mark.parametrize("method", ["ncp", "flow", "evalp"])
+def test_weights_decay_apart_from_the_gradients_step(method, tmp_path, monkeypatch):
+    """AdamW (Loshchilov and Hutter, 2019), equation 12: w ← w − η (Adam's step) − η λ w."""
+    vae, rate, decay, found = frozen("flat"), 0.01, 0.5, {}
+    for name, more in (("start", {"learning_rate": 1e-12}), ("plain", {}), ("decayed", {"weight_decay": decay})):
+        monkeypatch.setitem(OPTIONS, method, OPTIONS[method] | {"steps": 1, "learning_rate": rate} | more)
+        found[name] = dict(learned(method, vae, tmp_path / name).groups[0].named_parameters())
+    for name, start in found["start"].items():
+        plain, decayed = found["plain"][name], found["decayed"][name]
+        learns = not torch.allclose(plain, start)  # EvaLP's sampler has its first step later
+        assert torch.allclose(plain - decayed, rate * decay * start * learns, atol=1e-6), name
+        assert learns or method == "evalp"
+
+
 def test_the_nce_optimum_of_two_normals_is_their_log_density_ratio():
     """A classifier that contains the true ratio, which is quadratic in z, finds it."""
     p = DiagonalNormal(torch.zeros(1, 1).double(), torch.ones(1, 1).double())
