@@ -48,11 +48,11 @@ SAME_NUMBERS = {
     "a9c4da2d674faee0": "4eec4b4423b1cf6c",  # models.spectral: NVAE's as published: no other model has a row with that loss
     "69decb97580322f5": "8d87dd2567a910b0",  # models.trainer: divergences at a draw; options of NVAE; parts of a batch
     "c0c26bce6390a388": "99e61cf451017ef9",  # priors.gmm: draws in parts that fit a memory
-    "34380c73d1763a4b": "06f37b447cc1aee0",  # priors.protocol: fits to posterior means too
+    "d57a4d39da25175c": "06f37b447cc1aee0",  # priors.protocol: fits to posterior means too; weight decay
     "91b9ceef70b4b06b": "8a01ee2bc3db2a8b",  # priors.langevin: chains that start from SIR
     "86782bc0899fae9a": "969392a3497bb9fa",  # priors.registry: chains that start from SIR
     "5cf6d6b8f5dba651": "ca3329d4c0473080",  # priors.sampling: decoding has a function of its own
-    "338ecebd5c3038a9": "c3687b76835e918d",  # priors.trainer: reads what it needs; fits to means; a wait for a device a step
+    "4d2e13e93152ef86": "c3687b76835e918d",  # priors.trainer: reads what it needs; fits to means; a wait a step; weight decay
     "1412a03cb8308e88": "3dbeda7e8161256f",  # runtime.hardware: waits before a clock is read; no TF32; who gains from bf16
     "cafbd93b9991378d": "bca9d21831cb9fba",  # runtime.randomness: parts of a batch
     "82f942e51d917d2d": "d62cb38a16403658",  # runtime.training: checkpoints in the background; one transfer of losses; parts
