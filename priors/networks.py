@@ -13,7 +13,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from models.layers import SqueezeExcitation
 from models.protocol import Group
-from runtime.options import Options
+from runtime.options import Options, unless
 
 
 class NetworkOptions(Options):
@@ -22,7 +22,9 @@ class NetworkOptions(Options):
     ``halvings``: of a convolutional net, how often a block with stride 2 follows that halves the side and doubles the
     channels, with ``depth`` more blocks after it. ``context``: whether the network sees the context at all. ``first``: units
     of a residual perceptron that scores the first group's latent map as a whole, since its context says nothing;
-    convolutions there too if absent.
+    convolutions there too if absent. ``standardise``: see z less its mean, over its standard deviation, each latent's or
+    channel's, as a batch norm without parameters has them: for codes far from unit spread, which a network that starts from
+    the usual weights cannot tell apart.
     """
 
     width: Annotated[int, Field(ge=1)] = 128
@@ -30,6 +32,7 @@ class NetworkOptions(Options):
     halvings: Annotated[int, Field(ge=0)] = 0
     context: bool = True
     first: Annotated[int, Field(ge=1)] | None = None
+    standardise: Annotated[bool, unless(False)] = False
 
 
 def scorer(options: NetworkOptions, group: Group) -> "Scorer | FlattenedScorer":
@@ -67,6 +70,14 @@ class Scorer(nn.Module):
         return self.judge(hidden.flatten(0, len(lead) - 1)).reshape(lead)
 
 
+def _seeing(options: NetworkOptions, norm: type[nn.BatchNorm1d | nn.BatchNorm2d], first: nn.Linear | nn.Conv2d) -> nn.Module:
+    """The layer that sees z, behind what standardises z if that is asked for."""
+    if not options.standardise:
+        return first
+    seen = first.in_features if isinstance(first, nn.Linear) else first.in_channels
+    return nn.Sequential(norm(seen, affine=False), first)
+
+
 class Residual(nn.Module):
     """x + W swish(W swish(x))."""
 
@@ -87,7 +98,7 @@ class VectorScorer(Scorer):
     def __init__(self, options: NetworkOptions, group: Group):
         super().__init__()
         self.footprint = width = options.width
-        self.see_z = nn.Linear(group.latent[0], width)
+        self.see_z = _seeing(options, nn.BatchNorm1d, nn.Linear(group.latent[0], width))
         seen = group.context[0] if options.context else 0
         self.see_context = nn.Linear(seen, width, bias=False) if seen else None
         self.judge = nn.Sequential(*(Residual(width) for _ in range(options.depth)), nn.SiLU(), nn.Linear(width, 1))
@@ -157,7 +168,7 @@ class MapScorer(Scorer):
         super().__init__()
         width = options.width
         self.footprint = width * group.latent[1] * group.latent[2]
-        self.see_z = nn.Conv2d(group.latent[0], width, 3, padding=1)
+        self.see_z = _seeing(options, nn.BatchNorm2d, nn.Conv2d(group.latent[0], width, 3, padding=1))
         self.see_context = nn.Conv2d(group.context[0], width, 3, padding=1, bias=False) if options.context else None
         blocks: list[nn.Module] = [BlockA(width) for _ in range(options.depth)]
         for _ in range(options.halvings):

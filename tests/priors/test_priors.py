@@ -264,6 +264,36 @@ def test_context_and_proposals_are_scored_as_if_they_were_concatenated():
         assert torch.allclose(together, torch.tensor(one_by_one), atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 2, 2)])
+def test_a_classifier_that_standardises_sees_codes_of_any_spread(shape):
+    """Two clusters a coordinate against a Normal of the same moments, a twentieth of unit spread: chance is 1.386."""
+    group, spread = Group(0, shape, (0,) if len(shape) == 1 else (1, 2, 2)), 0.05
+    context, below = torch.zeros(256, *group.context), torch.zeros(256, *shape)
+
+    def loss_after(steps, standardise):
+        with initialising(0, "classifier"):
+            network = NetworkOptions(width=16, depth=1, standardise=standardise)
+            prior = NoiseContrastivePrior(NoiseContrastivePrior.Options(steps=1, batch=2, network=network), group)
+        optimizer, stream = torch.optim.Adam(prior.parameters(), lr=4e-3), torch.Generator().manual_seed(0)
+        for step in range(steps):
+            normal = torch.randn(2, 256, *shape, generator=stream)
+            pair = Pair(spread * (normal[0].sign() + 0.1 * normal[0]), spread * normal[1], context, None, below, below)
+            loss = sum(prior.loss(pair, step).values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        z = torch.cat([pair.posterior, pair.base])
+        prior.eval()
+        alone = torch.stack([prior.log_ratio(z[i : i + 1], context[:1])[0] for i in range(0, 512, 100)])
+        assert torch.allclose(alone, prior.log_ratio(z, context.repeat(2, *(1 for _ in shape)))[::100], atol=1e-4)
+        return loss.item()
+
+    assert loss_after(300, True) < 0.6
+    if len(shape) == 1:  # a map's first block has a batch norm of its own
+        assert loss_after(300, False) > 1.2
+    assert "standardise" not in NetworkOptions().model_dump()  # what was trained before there was a choice is as it was
+
+
 def test_classifiers_learn_in_bf16_about_what_they_learn_in_fp32(tmp_path, monkeypatch):
     vae = frozen("hierarchical")
     exact = learned("ncp", vae, tmp_path / "fp32")
