@@ -159,15 +159,27 @@ class EnergyPrior(TrainedPrior):
         sampler, z = self.flow(pair.below, pair.context), pair.posterior.float()
         if self.options.criterion == "sampler":
             return {"sampler": -sampler.log_prob(z).mean()}
-        # The noise of one example serves the others too: in any one context it is fresh.
-        others = torch.stack([pair.normal.roll(shift, 0) for shift in range(min(CRITERION_PROPOSALS - 1, len(z)))])
-        prepared, proposals = self.prepare(pair.context), sampler.transform(others)
+        prepared, count = self.prepare(pair.context), min(CRITERION_PROPOSALS - 1, len(z))
 
         def log_density(z: Tensor) -> Tensor:
             return pair.below.log_prob(z) + self.prepared_log_ratio(z, prepared).float()
 
+        def log_weight(z: Tensor) -> Tensor:
+            return log_density(z) - sampler.log_prob(z)
+
+        def served(values: Tensor) -> Tensor:
+            """What belongs to an example, (batch, …), given to ``count`` of them, (count, batch, …)."""
+            return torch.stack([values.roll(shift, 0) for shift in range(count)])
+
+        # The noise of one example serves the others too: in any one context it is fresh. In the first group's, the same for
+        # all, so do its proposal and that one's weight, found once.
+        others = (
+            served(log_weight(sampler.transform(pair.normal)))
+            if self.group.k == 0
+            else log_weight(sampler.transform(served(pair.normal)))
+        )
         own = log_density(z)
-        log_weights = torch.cat([(own - sampler.log_prob(z))[None], log_density(proposals) - sampler.log_prob(proposals)])
+        log_weights = torch.cat([(own - sampler.log_prob(z))[None], others])
         normaliser = log_weights.logsumexp(0) - math.log(len(log_weights))
         return {"prior": (normaliser - own).mean()}
 

@@ -7,7 +7,7 @@ import torch
 
 from models.distributions import DiagonalNormal
 from models.protocol import Group
-from priors.evalp import EnergyOptions, EnergyPrior
+from priors.evalp import CRITERION_PROPOSALS, EnergyOptions, EnergyPrior
 from priors.flow import FlowOptions, FlowPrior, flow
 from priors.protocol import Pair
 from runtime.randomness import Noise, initialising
@@ -70,6 +70,35 @@ def test_weights_of_proposals_lead_from_the_sampler_to_the_energy_based_density(
     log_w = z[..., 0] + below.log_prob(z) - proposal.log_prob(z)
     weights = log_w.flatten().softmax(0)
     assert (weights * z.flatten()).sum().item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_the_held_out_loss_is_that_of_sir_with_every_other_examples_noise(k):
+    """The mean of log 1/50 (w(z) + Σ w(g(u_j; c))) − log p_0(z) r(z), example by example, in its own context c."""
+    batch, size = 60, 3
+    group = Group(k, (size,), (2 if k else 0,))
+    with initialising(0, "prior"):
+        prior = evalp()(group).eval().requires_grad_(False)
+        for parameter in prior.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def noise(name, *shape):
+        return Noise(0, name).normal((), (batch, *shape))
+
+    spread = torch.linspace(0.5, 2, batch)[:, None] if k else torch.ones(batch, 1)
+    below = DiagonalNormal(torch.zeros(batch, size), spread.expand(batch, size))
+    z, normal, context = noise("q", size), noise("normal", size), noise("context", *group.context)
+    pair = Pair(z, z, context, below, normal, torch.ones(batch))
+    losses = []
+    for row in range(batch):
+        rows = [row, *((row - shift) % batch for shift in range(CRITERION_PROPOSALS - 1))]
+        own = DiagonalNormal(torch.zeros(1, size), spread[row].expand(1, size))
+        sampler, context_of_row = prior.proposal(own, context[row : row + 1]), context[row : row + 1]
+        candidates = torch.cat([z[row].view(1, 1, -1), sampler.transform(normal[rows[1:]][:, None])])
+        log_density = own.log_prob(candidates) + prior.log_ratio(candidates, context_of_row)
+        log_w = log_density - sampler.log_prob(candidates)
+        losses.append(log_w.logsumexp(0) - math.log(CRITERION_PROPOSALS) - log_density[0])
+    assert prior.held_out_loss(pair, 0)["prior"].item() == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
 
 
 def two_modes(noise, uniform):
