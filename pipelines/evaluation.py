@@ -24,12 +24,12 @@ from metrics.likelihood import (
 )
 from models.folding import folded
 from models.protocol import HierarchicalVAE
-from pipelines.aggregate import aggregate_posterior, spread
+from pipelines.aggregate import aggregate_posterior, chosen_examples
 from pipelines.config import plain
 from pipelines.fanout import Task
 from pipelines.features import Features
 from pipelines.fingerprints import fingerprint
-from pipelines.identities import chain_modules
+from pipelines.identities import chain_modules, choice
 from pipelines.recipe import Recipe
 from pipelines.results import AGGREGATE, BASELINE, DATA, Row
 from pipelines.samples import Samples, row_parts
@@ -108,7 +108,10 @@ class Evaluation:
             yield self._row(
                 BASELINE, "train-seconds", stored.vae_document["seconds"], 0.0, stored.vae_document["step"], **precision
             )
-        for name in (name for name, options in stored.recipe.experiment.priors.items() if options.method != "normal"):
+        learned = (name for name, options in stored.recipe.experiment.priors.items() if options.method != "normal")
+        for name in (
+            name for name in learned if name != BASELINE
+        ):  # a base fitted to codes, in seconds, is no VAE's training
             documents = [stored.prior_document(name, k) for k in range(stored.vae.groups)]
             precision = {"precision": documents[0].get("precision", "")}
             seconds, steps = (sum(document[key] for document in documents) for key in ("seconds", "step"))
@@ -165,7 +168,7 @@ class Evaluation:
     def _examples(self, rows: slice = slice(None)) -> Tensor:
         """The test examples that likelihoods are measured on, or some of them."""
         dataset = self.stored.dataset
-        return dataset.examples("test", spread(dataset.size("test"), self._limit)[rows])
+        return dataset.examples("test", chosen_examples(dataset, self._limit, self._limit)[rows])
 
     @cached_property
     def _priors(self) -> dict[str, Prior]:
@@ -293,7 +296,7 @@ class Evaluation:
             "prior digests": {name: stored.identities.chain_digests(name, stored.groups) for name in names},
             "likelihood": plain(self._likelihood),
             "examples": self._limit,
-        }
+        } | choice(recipe.experiment.dataset)
         modules = {module for name in names for module in chain_modules(recipe.experiment, name)}
         return Identity(recipe.name, recipe.seed, config, source_digest("metrics.likelihood", *sorted(modules)))
 

@@ -13,7 +13,7 @@ from typing import Any
 from datasets.registry import spec
 from metrics import features
 from pipelines.config import Config, Experiment, plain
-from pipelines.identities import chain_modules, group_source, samples_source, vae_source
+from pipelines.identities import chain_modules, choice, group_source, samples_source, vae_source
 from pipelines.results import AGGREGATE, DATA
 from priors.registry import PRIORS
 from runtime.identity import source_digest
@@ -63,6 +63,8 @@ def fingerprint(
     measuring = next((found for names, found in MEASURED_BY.items() if re.match(names, metric)), ())
     if "metrics.likelihood" in measuring and experiment.evaluate.likelihood is not None:
         config |= {"likelihood": plain(experiment.evaluate.likelihood), "examples": experiment.evaluate.examples}
+    if {"metrics.likelihood", "metrics.mmd"} & set(measuring) or prior == AGGREGATE:
+        config |= choice(experiment.dataset)
     if features.__name__ in measuring:
         networks, own = experiment.evaluate.networks, experiment.dataset  # a classifier of its own is called after the data
         config["features"] = next((name for name in networks if f"-{own if name == 'own' else name}-" in metric), None)

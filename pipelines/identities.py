@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from datasets.registry import source_for
+from datasets.registry import source_for, spec
 from models.registry import MODELS
 from pipelines.config import Experiment, plain
 from pipelines.recipe import Recipe
@@ -100,6 +100,13 @@ class Identities:
         }
         source = samples_source(experiment, prior, sampler)
         return Identity(recipe.name, recipe.seed, config, source, _precision(options))
+
+
+def choice(dataset: str) -> dict[str, str]:
+    """How test examples are chosen where not all are taken, for the identity of what is measured on them; see
+    :func:`pipelines.aggregate.chosen_examples`. Nothing where they are read at even distances.
+    """
+    return {"chosen": "at random"} if spec(dataset).kind == "images" else {}
 
 
 def chain_modules(experiment: Experiment, prior: str) -> list[str]:

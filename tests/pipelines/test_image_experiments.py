@@ -15,7 +15,7 @@ from tiny import write_params
 from datasets.registry import DATASETS
 from metrics import features
 from metrics.features import FeatureNetwork
-from pipelines import config
+from pipelines import config, results
 from pipelines.fanout import Machine
 from pipelines.stages import Pipeline
 from runtime.checkpoints import load_document
@@ -95,6 +95,7 @@ def test_it_goes_through_all_stages(name, checkout):
         assert fids.features.str.match(rf"{network}@.*; from (zip|folder|cifar-10)").all()
     assert table[table.prior == "data"].metric.str.match(f"(fid|kid)-({'|'.join(networks)})-").all()
     assert set(table.fingerprint.str.len()) == {25}
+    assert not table.duplicated([*results.KEYS, "seed"]).any()
     deterministic = experiment["model"]["name"] == "rae"
     assert table.metric.str.startswith("loglik").any() != deterministic
     assert (checkout / "reports" / "figures" / f"{name}-samples.png").exists()

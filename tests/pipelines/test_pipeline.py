@@ -9,15 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from tiny import ALL_ROWS, double, kill_self, tiny, tiny_beyond, write_params
 
+from datasets.registry import DATASETS
 from pipelines import evaluation, fanout, fingerprints, results
 from pipelines import stored as pipelines_stored
-from pipelines.aggregate import leading, spread
+from pipelines.aggregate import chosen_examples, leading, spread
 from pipelines.config import read
 from pipelines.fanout import Machine
 from pipelines.recipe import Recipe
@@ -492,6 +494,22 @@ def test_fewer_examples_are_spread_over_the_set():
     assert spread(10, 30).tolist() == list(range(10))
     assert leading(10, 4, 4).tolist() == [0, 2, 5, 7]
     assert leading(20, 8, 3).tolist() == [0, 5, 12, 2, 7, 10, 15, 17]  # the first three are spread too
+
+
+def test_the_examples_of_colour_images_are_of_all_classes_whatever_their_order():
+    """Classes take turns in a data set of ten folders: rows at even distances were of one or five of them."""
+
+    def turns(kind, size=10_000):
+        named = next(name for name, entry in DATASETS.items() if entry.kind == kind)
+        return SimpleNamespace(name=named, size=lambda _: size)
+
+    for count, first in ((200, 200), (500, 500), (5_000, 2_000), (20_000, 2_000)):
+        rows = chosen_examples(turns("images"), count, first)
+        assert len(rows) == len(rows.unique()) == min(count, 10_000)
+        for some in (rows, rows[:first]):
+            shares = torch.bincount(some % 10, minlength=10) / len(some)
+            assert (shares - 0.1).abs().max().item() < 4 * (0.09 / len(some)) ** 0.5
+    assert torch.equal(chosen_examples(turns("binary-images"), 200, 200), spread(10_000, 200))
 
 
 def test_every_likelihood_says_its_samples_and_is_paired_with_the_base_at_the_same(finished):

@@ -538,6 +538,11 @@ def test_a_prior_looks_the_same_in_every_panel_that_one_legend_speaks_of():
     assert len(set().union(*colours.values())) == 2
 
 
+def test_a_number_of_the_committed_table_is_there_once():
+    table = results.read(ROOT / "reports" / "results.csv", "")
+    assert not table.duplicated([*results.KEYS, "seed"]).any()
+
+
 def test_the_committed_pictures_are_of_the_experiments_as_they_are(tmp_path):
     """An option that most experiments do without must not make their pictures, or anything else, another's."""
     shown = shutil.copytree(ROOT / "reports" / "figures", tmp_path / "figures")
