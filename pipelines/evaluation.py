@@ -108,10 +108,9 @@ class Evaluation:
             yield self._row(
                 BASELINE, "train-seconds", stored.vae_document["seconds"], 0.0, stored.vae_document["step"], **precision
             )
-        learned = (name for name, options in stored.recipe.experiment.priors.items() if options.method != "normal")
-        for name in (
-            name for name in learned if name != BASELINE
-        ):  # a base fitted to codes, in seconds, is no VAE's training
+        priors = stored.recipe.experiment.priors
+        # The base's row is its VAE's, also where the base was fitted to codes afterwards: in seconds.
+        for name in (name for name, options in priors.items() if options.method != "normal" and name != BASELINE):
             documents = [stored.prior_document(name, k) for k in range(stored.vae.groups)]
             precision = {"precision": documents[0].get("precision", "")}
             seconds, steps = (sum(document[key] for document in documents) for key in ("seconds", "step"))

@@ -60,7 +60,7 @@ METRICS: dict[str, Metric] = {
     ),
     r"seconds-per-image": Metric("s", "lower", "time to draw one image", drawn=True),
     r"proposals-per-image": Metric("", "lower", "evaluations of r per image, over all groups", drawn=True),
-    r"train-seconds": Metric("s", "lower", "time of training, all groups"),
+    r"train-seconds": Metric("s", "lower", "time of training, all groups; of the base, the VAE's"),
 }
 
 
