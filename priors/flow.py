@@ -85,20 +85,50 @@ class SplineFlow(nn.Module):
     def forward(self, below: Distribution, context: Tensor) -> "FlowDensity":
         """The density over (batch, *latent) in contexts (batch, …), in the units of ``below``."""
         seen = None if self.see_context is None else self.see_context(context.float())
-        return FlowDensity(_Splines(self.spline(seen), self.event), below)
+        return FlowDensity(_Splines(self.spline, seen, self.event), below)
 
 
 class _Splines:
-    """zuko's distribution over flat latents as a Standard."""
+    """zuko's flow over flat latents in given contexts as a Standard."""
 
-    def __init__(self, flat, event: int):
-        self._flat, self._event = flat, event
+    def __init__(self, spline, seen: Tensor | None, event: int):
+        self._spline, self._seen, self._event = spline, seen, event
+        self._flat = spline(seen)
 
     def transform(self, normal: Tensor) -> Tensor:
-        return self._flat.transform.inv(normal.flatten(normal.dim() - self._event)).view(normal.shape)
+        flat = normal.flatten(normal.dim() - self._event)
+        # To the same numbers; but gradients would be summed in another order than those that priors were trained with.
+        inverse = self._flat.transform.inv if torch.is_grad_enabled() else self._by_halves
+        return inverse(flat).view(normal.shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self._flat.log_prob(value.flatten(value.dim() - self._event))
+
+    def _by_halves(self, normal: Tensor) -> Tensor:
+        for layer in reversed(self._spline.transform.transforms):
+            coupled = hasattr(layer, "order")  # a single latent has nothing to be coupled with
+            normal = _inverse_by_halves(layer, self._seen, normal) if coupled else layer(self._seen).inv(normal)
+        return normal
+
+
+def _inverse_by_halves(layer, seen: Tensor | None, y: Tensor) -> Tensor:
+    """The inverse of zuko's masked autoregressive layer, in whose every pass the splines of all latents are made and solved.
+
+    A pass settles one half of the latents. Here it makes their splines alone, so that two passes cost one.
+    """
+    x = torch.zeros_like(y)
+    *steer, last = layer.hyper
+    weight = last.mask * last.weight
+    within = torch.arange(layer.total, device=y.device)
+    for half in layer.order.argsort(stable=True).split(-(-y.shape[-1] // layer.passes)):
+        hidden = x if seen is None else torch.cat((x, seen.expand(*x.shape[:-1], -1)), -1)
+        for module in steer:
+            hidden = module(hidden)
+        own = (half[:, None] * layer.total + within).flatten()
+        parameters = nn.functional.linear(hidden, weight[own], last.bias[own]).unflatten(-1, (-1, layer.total))
+        spline = layer.univariate(*parameters.split([math.prod(shape) for shape in layer.shapes], -1))
+        x[..., half] = spline.inv(y[..., half])
+    return x
 
 
 class ConvolutionalFlow(nn.Module):

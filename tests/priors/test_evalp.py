@@ -130,6 +130,21 @@ def test_a_flows_density_is_that_of_its_draws(maps):
     assert density.log_prob(z.expand(3, 5, 1, 2, 2, 2)).shape == (3, 5, 1)
 
 
+@pytest.mark.parametrize(("latents", "k", "lead"), [(8, 0, ()), (7, 1, (3, 2)), (1, 1, (3,)), (1, 0, ())])
+def test_draws_without_gradients_are_those_with_them_to_the_last_bit(latents, k, lead):
+    group = Group(k, (latents,), (4,))
+    with initialising(0, "flow"):
+        network = flow(FlowOptions(transforms=3, width=16), group)
+        for parameter in network.parameters():
+            parameter.data += 0.5 * torch.randn_like(parameter)
+    below = DiagonalNormal(torch.full((5, latents), 0.3), torch.full((5, latents), 0.5))
+    density = network(below, Noise(0, "c").normal((), (5, 4)))
+    normal = 2 * Noise(0, "u").normal((), (*lead, 5, latents))
+    expected = density.transform(normal)
+    with torch.no_grad():
+        assert torch.equal(density.transform(normal), expected)
+
+
 def test_a_flow_alone_finds_the_density_of_its_target():
     """Two modes at ±1.5 with standard deviation 0.5."""
     options = FlowPrior.Options(steps=1, batch=2, flow=FlowOptions(transforms=2, width=32, depth=1))
