@@ -37,8 +37,11 @@ SIGNIFICANCE = 0.05
 POWER = (1.96 + 0.84) / 1.96
 """Smallest difference found with a power of 80 % at a level of 5 %, in half-widths of the 95 % interval."""
 
-FEWEST = 4
-"""Groups that a rank correlation needs."""
+FEWEST = 5
+"""Groups that a rank correlation needs: of the orders of four, two in 24 are perfect ones, and that is no significance."""
+
+EXACT = 8
+"""Groups up to which the significance of a rank correlation is counted out over all their orders."""
 
 Text = Annotated[str, Field(min_length=1)]
 Size = Annotated[int, Field(ge=1)]
@@ -463,29 +466,54 @@ def _undetected(rows: Sequence[pd.DataFrame], value: float, interval: float) -> 
 
 def _correlation(claim: Claim, experiment: str, first: pd.DataFrame, second: pd.DataFrame) -> Number | None:
     """Rank correlation over groups; the seeds of one VAE are not independent, so they are averaged first."""
-    from scipy.special import stdtr, stdtrit
-
     group = {"group": lambda rows: rows.metric.str.split("/").str[1]}
     both = first.assign(**group).merge(second.assign(**group), on=["seed", "vae_seed", "group"])
     means = both.groupby(["vae_seed", "group"])[["value_x", "value_y"]].agg(_mean)
     count = len(means)
     if count < FEWEST:
         return None
-    freedom = count - 2
-    with np.errstate(divide="ignore", invalid="ignore"):  # perfect correlation, and none to be had: NaN, as it should be
-        rho = np.corrcoef(means.rank(), rowvar=False)[0, 1]
-        p = 2 * stdtr(freedom, -np.abs(rho) * np.sqrt(freedom / (1 - rho**2)))
+    rho, p, critical = _spearman(*means.rank().to_numpy().T)
     sign = 1 if claim.direction == "higher" else -1
     vaes = both.vae_seed.nunique()
-    note = f"Spearman, p = {p:.1g}, {count} groups of {vaes} VAE{'s' if vaes > 1 else ''}; margin p < {SIGNIFICANCE:g}"
+    small = "p < 0.001" if p < 0.001 else f"p = {p:.1g}"
+    note = f"Spearman, {small}, {count} groups of {vaes} VAE{'s' if vaes > 1 else ''}; margin p < {SIGNIFICANCE:g}"
     word, reason = "inconclusive", ""
     if p < SIGNIFICANCE:
         word = "reproduced" if sign * rho > 0 else "contradicted"
     else:
-        quantile = stdtrit(freedom, 1 - SIGNIFICANCE / 2)
-        critical = quantile / math.sqrt(freedom + quantile**2)
         reason = f"{count} groups show a correlation of {critical:.2f} or more"
-    return Number(experiment, word, float(rho), None, note, reason, vaes == 1)
+    return Number(experiment, word, rho, None, note, reason, vaes == 1)
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """Correlation of ranks, its two-sided p, and the smallest one that is significant; NaN where a rank is, or all are one.
+
+    The p of few groups is exact: the usual approximation, by Student's t, calls a perfect order of four certain.
+    """
+    from scipy.special import stdtr, stdtrit
+    from scipy.stats import permutation_test
+
+    with np.errstate(divide="ignore", invalid="ignore"):  # perfect correlation, and none to be had: NaN, as it should be
+        rho = float(np.corrcoef(x, y)[0, 1])
+        if not math.isfinite(rho):
+            return math.nan, math.nan, math.nan
+        count = len(x)
+        if count > EXACT:
+            freedom = count - 2
+            quantile = stdtrit(freedom, 1 - SIGNIFICANCE / 2)
+            p = 2 * stdtr(freedom, -np.abs(rho) * np.sqrt(freedom / (1 - rho**2)))
+            return rho, float(p), float(quantile / math.sqrt(freedom + quantile**2))
+    away, spread = x - x.mean(), x.std() * y.std() * count
+
+    def correlation(orders: np.ndarray, axis: int) -> np.ndarray:
+        return (away * (orders - y.mean())).sum(axis) / spread
+
+    counted = permutation_test(
+        (y,), correlation, permutation_type="pairings", n_resamples=math.factorial(count), vectorized=True
+    )
+    sizes = np.sort(np.abs(counted.null_distribution).round(9))
+    shares = 1 - np.searchsorted(sizes, sizes) / len(sizes)  # of orders that correlate as much
+    return rho, float((sizes >= round(abs(rho), 9)).mean()), float(sizes[shares < SIGNIFICANCE].min(initial=1.0))
 
 
 def _mean(values: pd.Series) -> float:
