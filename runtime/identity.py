@@ -48,6 +48,7 @@ SAME_NUMBERS = {
     "a9c4da2d674faee0": "4eec4b4423b1cf6c",  # models.spectral: NVAE's as published: no other model has a row with that loss
     "69decb97580322f5": "8d87dd2567a910b0",  # models.trainer: divergences at a draw; options of NVAE; parts of a batch
     "a2be1185050ea315": "2378934ea902385e",  # priors.evalp: a held-out proposal found once where all share the context
+    "3feff7a2dea838bc": "55cd2242e0c80f59",  # priors.flow: draws without gradients, half by half
     "c0c26bce6390a388": "99e61cf451017ef9",  # priors.gmm: draws in parts that fit a memory
     "57f786aaa24cb352": "60b63a7d5d365ba5",  # priors.networks: sees latents standardised, if asked
     "d57a4d39da25175c": "06f37b447cc1aee0",  # priors.protocol: fits to posterior means too; weight decay
