@@ -118,15 +118,24 @@ class Dataset:
         stream = generator(seed, "train-batch", step=step)
         if self.spec.fresh is not None:
             return self.spec.fresh(size, stream)
-        images = self._tensors["train"]
-        if size > len(images):
-            raise UserError(
-                f"a batch of {size} does not fit the {len(images)} training examples of {self.name}; lower batch"
-            )
-        epoch, position = divmod(step, len(images) // size)
-        chosen = images[_permutation(len(images), seed, epoch)[position * size : (position + 1) * size]]
-        moved = _shifted(chosen, self.spec.shift, stream)
+        moved = _shifted(self._tensors["train"][self._train_rows(size, seed, step)], self.spec.shift, stream)
         return self._as_examples(_flipped(moved, stream) if self.options.flip else moved, stream)
+
+    @property
+    def views(self) -> int:
+        """How many different examples all training batches are made of; 0 if every one is fresh.
+
+        Fresh are points drawn anew, and images binarised or moved at random.
+        """
+        fresh = self.spec.fresh is not None or self.spec.kind == "binary-images" or self.spec.shift > 0
+        return 0 if fresh else self.size("train") * (2 if self.options.flip else 1)
+
+    def train_views(self, size: int, seed: int, step: int) -> Tensor:
+        """Which of :attr:`views` a step's :meth:`train_batch` shows, int64 (size,): those that are mirrored come last."""
+        rows = self._train_rows(size, seed, step)
+        if not self.options.flip:
+            return rows
+        return rows + self.size("train") * _mirrored(size, generator(seed, "train-batch", step=step))
 
     def examples(self, split: str, rows: Rows = slice(None)) -> Tensor:
         """Some of the fixed examples of a split, float32 (rows, *shape), never flipped.
@@ -168,6 +177,13 @@ class Dataset:
             raise UserError(f"{self.name} has no labels")
         return torch.cat([self._tensors[name] for name in names])
 
+    def _train_rows(self, size: int, seed: int, step: int) -> Tensor:
+        count = self.size("train")
+        if size > count:
+            raise UserError(f"a batch of {size} does not fit the {count} training examples of {self.name}; lower batch")
+        epoch, position = divmod(step, count // size)
+        return _permutation(count, seed, epoch)[position * size : (position + 1) * size]
+
     def _as_examples(self, values: Tensor, stream: torch.Generator) -> Tensor:
         if self.spec.kind == "points":
             return values
@@ -196,8 +212,11 @@ def _scaled(levels: Tensor, bits: int) -> Tensor:
 
 def _flipped(images: Tensor, stream: torch.Generator) -> Tensor:
     """Each image (n, c, h, w) mirrored left to right, or not, with even odds."""
-    mirrored = torch.rand(len(images), generator=stream) < 0.5
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    return torch.where(_mirrored(len(images), stream)[:, None, None, None], images.flip(-1), images)
+
+
+def _mirrored(count: int, stream: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=stream) < 0.5
 
 
 @lru_cache(maxsize=2)

@@ -194,13 +194,17 @@ Visit = Callable[[int, Tensor, Distribution, Tensor], None]
 
 
 def posterior_pass(
-    model: HierarchicalVAE, x: Tensor, noise: Callable[[int], Noise], visit: Visit | None = None, repeats: int = 1
+    model: HierarchicalVAE,
+    x: Tensor | Sequence[Tensor],
+    noise: Callable[[int], Noise],
+    visit: Visit | None = None,
+    repeats: int = 1,
 ) -> Tensor:
     """One top-down pass with z_k ~ q(z_k | z_<k, x) in every group.
 
     Args:
         model: the VAE.
-        x: (batch, *data shape); it is encoded once.
+        x: (batch, *data shape), encoded once; or its features, as :meth:`HierarchicalVAE.encode` gives them.
         noise: noise(k) draws group k.
         visit: sees every group, first to last.
         repeats: how many passes over each example, repeat-major: everything but x has ``repeats * batch`` rows.
@@ -208,7 +212,8 @@ def posterior_pass(
     Returns:
         The context to decode from.
     """
-    features = [feature.repeat(repeats, *[1] * (feature.dim() - 1)) for feature in model.encode(x)]
+    encoded = model.encode(x) if isinstance(x, Tensor) else x
+    features = [feature.repeat(repeats, *[1] * (feature.dim() - 1)) for feature in encoded]
 
     def choose(k: int, context: Tensor) -> Tensor:
         posterior = model.posterior(k, context, features)
@@ -217,4 +222,4 @@ def posterior_pass(
             visit(k, context, posterior, z)
         return z
 
-    return descend(model, repeats * len(x), choose)
+    return descend(model, len(features[0]), choose)

@@ -160,6 +160,30 @@ class _MadeData:
         count = len(rows) if isinstance(rows, Tensor) else len(range(*rows.indices(1000)))
         return self.train_batch(count, 0, 0)
 
+    @property
+    def views(self) -> int:
+        """As many as there are training images, and none of what is drawn anew or binarised."""
+        return self.size("train") if self.spec.kind == "images" else 0
+
+    def train_views(self, size: int, seed: int, step: int) -> Tensor:  # noqa: ARG002
+        """(size,)."""
+        return torch.arange(size)
+
+
+class _FirstBatch:
+    """A data set that is trained on its first batch alone: a step costs what it does once all examples were seen."""
+
+    def __init__(self, data: Any):
+        self._data, self.views, self.examples = data, data.views, data.examples
+
+    def train_batch(self, size: int, seed: int, step: int) -> Tensor:  # noqa: ARG002
+        """The first."""
+        return self._data.train_batch(size, seed, 0)
+
+    def train_views(self, size: int, seed: int, step: int) -> Tensor:  # noqa: ARG002
+        """Of the first."""
+        return self._data.train_views(size, seed, 0)
+
 
 class _Untrained(Stored):
     """What would be stored, before it is trained."""
@@ -375,7 +399,8 @@ class _Measuring:
                     for k, group in enumerate(made)
                 ]
 
-            base, data = self.stored.base_of(name), self.stored.dataset
+            base = self.stored.base_of(name)
+            data: Any = _FirstBatch(self.stored.dataset)
             step = _paced(lambda report: learn(base, slots(), data, report)) * options.batch / few
         basis.append("steps at full batch" if few == options.batch else f"steps of {few} examples, scaled")
         if options.schedule == "plateau":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from datasets.dataset import Dataset
 from models.distributions import Distribution
-from models.protocol import posterior_pass
+from models.protocol import HierarchicalVAE, posterior_pass
 from priors.protocol import FittedPrior, GroupPrior, Pair, Prior, TrainedPrior
 from runtime import checkpoints
 from runtime.hardware import autocast, clock
@@ -31,16 +31,18 @@ class _LastGroupError(Exception):
 
 
 @torch.no_grad()
-def pairs(below: Prior, x: Tensor, seed: int, purpose: str, step: int = 0, last: int | None = None) -> list[Pair]:
+def pairs(
+    below: Prior, x: Tensor | Sequence[Tensor], seed: int, purpose: str, step: int = 0, last: int | None = None
+) -> list[Pair]:
     """Posterior and base samples of every group, in the contexts that a posterior pass over x goes through.
 
     Args:
         below: the base to draw from, and the frozen model.
-        x: (batch, *data shape).
+        x: (batch, *data shape), or its features.
         seed, purpose, step: name the draws, together with the group.
         last: the group behind which the pass stops; none if absent.
     """
-    device, found = x.device, list[Pair]()
+    device, found = below.device, list[Pair]()
 
     def noise(name: str, k: int) -> Noise:
         return Noise(seed, f"{purpose}-{name}", k, step, device=device)
@@ -55,6 +57,53 @@ def pairs(below: Prior, x: Tensor, seed: int, purpose: str, step: int = 0, last:
     with suppress(_LastGroupError):
         posterior_pass(below.model, x, partial(noise, "posterior"), visit)
     return found
+
+
+class TrainingBatches:
+    """Training batches as a posterior pass takes them: images, or the features that the frozen encoder made of them.
+
+    Those of a flat model are a few numbers an image, and kept: past the first epochs, neither data nor encoder are needed. A
+    batch is encoded as a whole until all that it shows has been seen, so that no image is ever encoded in a smaller one,
+    where a kernel may sum in another order.
+
+    Args:
+        model: the frozen VAE, in eval mode.
+        dataset: whose training split.
+        size: of a batch.
+        seed: of its shuffling.
+    """
+
+    KEPT_BYTES = 2**28
+    """At most, for the features of all training images; more are not kept."""
+
+    def __init__(self, model: HierarchicalVAE, dataset: Dataset, size: int, seed: int):
+        self._model, self._dataset, self._size, self._seed = model, dataset, size, seed
+        self._device = next(model.parameters()).device
+        self._keeps = dataset.views > 0
+        self._seen = torch.zeros(dataset.views, dtype=torch.bool)
+        self._kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def of(self, step: int) -> Tensor | list[Tensor]:
+        """The batch of a step, on the model's device."""
+        if not self._keeps:
+            return self._images(step)
+        views = self._dataset.train_views(self._size, self._seed, step)
+        if not self._seen[views].all():
+            features = self._model.encode(self._images(step))
+            if not self._kept:
+                nbytes = sum(feature[0].nbytes for feature in features) * len(self._seen)
+                self._keeps = nbytes <= self.KEPT_BYTES
+                if not self._keeps:
+                    return list(features)
+                self._kept = [feature.new_empty(len(self._seen), *feature.shape[1:]) for feature in features]
+            for kept, feature in zip(self._kept, features, strict=True):
+                kept[views.to(self._device)] = feature
+            self._seen[views] = True
+        return [kept[views.to(self._device)] for kept in self._kept]
+
+    def _images(self, step: int) -> Tensor:
+        return self._dataset.train_batch(self._size, self._seed, step).to(self._device)
 
 
 @dataclass
@@ -107,13 +156,11 @@ def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, d
         for name, slot in slot_of.items()
     ]
 
-    def shared_pass(x: Tensor, purpose: str, step: int) -> list[Pair]:
-        with autocast(options.precision, device.type):
-            return pairs(below, x.to(device), seed, purpose, step, last)
+    batches = TrainingBatches(below.model, dataset, options.batch, seed)
 
     def losses(step: int, active: Sequence[Trainee]) -> list[Terms]:
-        found = shared_pass(dataset.train_batch(options.batch, seed, step), "prior", step)
         with autocast(options.precision, device.type):
+            found = pairs(below, batches.of(step), seed, "prior", step, last)
             return [_loss(slot_of[trainee.name], found, step) for trainee in active]
 
     validation = dataset.examples("validation", slice(options.held_out))
@@ -124,8 +171,8 @@ def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, d
         for trainee in active:
             trainee.module.eval()
         for part, x in enumerate(validation.split(options.batch)):
-            found = shared_pass(x, "held-out", part)
             with autocast(options.precision, device.type):
+                found = pairs(below, x.to(device), seed, "held-out", part, last)
                 parts = [_held_out_loss(slot_of[trainee.name], found, trainee.step) for trainee in active]
             values = iter(torch.stack([term.double() for terms in parts for term in terms.values()]).tolist())
             for index, terms in enumerate(parts):

@@ -163,6 +163,8 @@ def test_the_example_prior_of_the_docs_works_with_every_sampler(tmp_path, monkey
     below = Prior(vae, [GroupPrior(GroupPrior.Options(), group)])
 
     class Points:
+        views = 0
+
         def train_batch(self, size, seed, step):
             return torch.randn(size, 2, generator=generator(seed, "x", step=step))
 

@@ -555,6 +555,10 @@ def test_training_batches_are_flipped_with_even_odds_and_nothing_else_is(levels)
         assert all(flip or torch.equal(x, grid) for flip, x in zip(flips, batch, strict=True))
         mirrored += sum(flips)
         assert torch.equal(still.train_batch(10, 0, step)[0], grid)
+        views = data.train_views(10, 0, step)
+        assert flips == (views >= 10).tolist()
+        assert torch.equal(still.train_views(10, 0, step), views % 10)
+    assert (data.views, still.views) == (20, 10)
     assert 420 < mirrored < 580  # five standard deviations of 1000 throws
     for found in (data.examples("train"), data.examples("test"), data.images("train")):
         assert torch.equal(found, grid.expand_as(found))

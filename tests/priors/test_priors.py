@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 
+from datasets.dataset import Dataset, ImageOptions
+from datasets.registry import DATASETS, DatasetSpec
 from models.distributions import DiagonalNormal
 from models.mlp import MLPVAE
 from models.protocol import Group
@@ -16,7 +18,7 @@ from priors.networks import NetworkOptions
 from priors.protocol import FittedPrior, GroupPrior, Pair, Prior, TrainedPrior
 from priors.registry import PRIORS, SAMPLERS
 from priors.sampling import draw
-from priors.trainer import Slot, learn, pairs
+from priors.trainer import Slot, TrainingBatches, learn, pairs
 from runtime import checkpoints, hardware
 from runtime.errors import UserError
 from runtime.identity import Identity
@@ -52,6 +54,8 @@ MODELS = {
 
 class Pixels:
     """Random binary images."""
+
+    views = 0
 
     def train_batch(self, size, seed, step):
         return (torch.rand(size, 1, 8, 8, generator=generator(seed, "pixels", step=step)) < 0.3).float()
@@ -362,3 +366,67 @@ def test_a_model_takes_its_evidence_in_float32_under_autocast(model):
         parts = evidence(vae, Pixels().train_batch(19, 1, 0), [Noise(0, "test", k) for k in range(vae.groups)])
     terms = {"reconstruction": parts.log_likelihood.mean()} | {f"kl/{k}": kl.mean() for k, kl in enumerate(parts.kl)}
     assert_finer_than_bf16(terms)
+
+
+class Shown(Dataset):
+    """Ten images of 8 x 8 levels, shown as they are or mirrored."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setitem(DATASETS, "shown", DatasetSpec((1, 8, 8), "images", "", "", lambda raw: {}))
+        levels = torch.randint(256, (14, 1, 8, 8), generator=generator(0, "levels"), dtype=torch.uint8)
+        parts = dict(zip(("train", "validation", "test"), levels.split([10, 2, 2]), strict=True))
+        super().__init__("shown", parts, "", ImageOptions(flip=True))
+
+
+def counting(monkeypatch, model):
+    """The sizes of the batches that the model encodes."""
+    sizes, encode = [], model.encode
+
+    def counted(x):
+        sizes.append(len(x))
+        return encode(x)
+
+    monkeypatch.setattr(model, "encode", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_kept_of_training_images_is_what_the_encoder_makes_of_them(name, monkeypatch):
+    model, data = frozen(name), Shown(monkeypatch)
+    batches, sizes = TrainingBatches(model, data, 5, 3), counting(monkeypatch, model)
+    for step in range(60):
+        kept, x = batches.of(step), data.train_batch(5, 3, step)
+        before = len(sizes)
+        for feature, fresh in zip(kept, model.encode(x), strict=True):
+            torch.testing.assert_close(feature, fresh)
+        del sizes[before:]
+    assert set(sizes) == {5}  # never part of a batch
+    assert 4 <= len(sizes) < 40  # twenty views, five at a time
+    seen = len(sizes)
+    batches.of(60)
+    assert len(sizes) == seen
+
+
+def test_features_too_large_to_keep_are_made_anew(monkeypatch):
+    model, data = frozen("hierarchical"), Shown(monkeypatch)
+    monkeypatch.setattr(
+        TrainingBatches, "KEPT_BYTES", 20 * sum(f[0].nbytes for f in model.encode(data.examples("test"))) - 1
+    )
+    batches, sizes = TrainingBatches(model, data, 5, 3), counting(monkeypatch, model)
+    batches.of(0)
+    assert all(torch.equal(batches.of(step), data.train_batch(5, 3, step)) for step in range(1, 60))
+    assert len(sizes) == 1
+
+
+def test_a_prior_learns_the_same_from_kept_features(monkeypatch, tmp_path):
+    model, data = frozen("flat"), Shown(monkeypatch)
+    below = Prior(model, [GroupPrior(GroupPrior.Options(), model.layout()[0])])
+    trained = []
+    for kept in (2**28, 0):
+        monkeypatch.setattr(TrainingBatches, "KEPT_BYTES", kept)
+        with initialising(0, "ncp"):
+            prior = NoiseContrastivePrior(NoiseContrastivePrior.Options(**OPTIONS["ncp"] | {"steps": 60}), model.layout()[0])
+        learn(below, [Slot(0, prior, tmp_path / f"{kept}.safetensors", Identity("x", 0))], data)
+        trained.append(prior.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(value, trained[1][name])
