@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+from contextlib import suppress
 
 import pytest
+import torch
 from tiny import tiny, write_params
 
+from datasets.dataset import Dataset
 from datasets.registry import spec
+from models.conv_vae import ConvVAE
 from pipelines import plan as planning
 from pipelines.fanout import Machine
 from pipelines.reporting.overview import overview, overviews
@@ -114,6 +118,38 @@ def test_what_has_to_be_got_by_hand_is_named(checkout, quick):
     assert any("pytorch-fid" in line for line in found.missing)
     assert f"missing: {found.missing[0]}" in found.text()
     assert json.loads(found.json())["missing"] == found.missing
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_step_of_stage_2_is_one_whose_images_were_encoded_before(prepared, checkout, quick, monkeypatch):
+    params = tiny()
+    params["experiments"]["flat"] |= {"dataset": "cifar10", "model": {"name": "conv-vae", "latents": 2, "widths": [4, 4, 4]}}
+    params["experiments"]["flat"]["priors"]["ncp"]["checks"] = 1
+    write_params(checkout, params)
+    encoded, encode = [], ConvVAE.encode
+    monkeypatch.setattr(ConvVAE, "encode", lambda model, x: encoded.append(x) or encode(model, x))
+    steps = []
+
+    def ten_steps(run):
+        def report(*_):
+            steps.append(len(steps))
+            if len(steps) == 10:
+                raise StopIteration
+
+        with suppress(StopIteration):
+            run(report)
+        return 1.0
+
+    monkeypatch.setattr(planning, "_paced", ten_steps)
+    measuring = planning._Measuring(Pipeline(checkout)._seeds("flat")[1][0], Machine())
+    measuring.seconds_per_flop = 0.0
+    if prepared:
+        levels = torch.zeros(164, 3, 32, 32, dtype=torch.uint8)
+        splits = dict(zip(("train", "validation", "test"), levels.split([160, 2, 2]), strict=True))
+        measuring.stored.dataset = Dataset("cifar10", splits, "")
+    measuring._prior_step("ncp", measuring.experiment.priors["ncp"], [])
+    assert len(steps) == 10
+    assert [len(x) for x in encoded if not x.is_meta] == [16]
 
 
 def test_an_unknown_experiment_is_refused(checkout):
