@@ -42,7 +42,7 @@ from pipelines.stored import Stored
 from priors.protocol import FittedPrior, GroupPrior, TrainedPrior
 from priors.registry import SAMPLERS
 from priors.sampling import draw
-from priors.trainer import Slot, learn
+from priors.trainer import Slot, TrainingBatches, learn
 from runtime import checkpoints, hardware
 from runtime.errors import UserError
 from runtime.identity import ROOT, Identity
@@ -359,7 +359,7 @@ class _Measuring:
             disk, largest = disk + size, max(largest, size)
             if isinstance(options, TrainedPrior.Options):
                 steps = self._steps_made(name, options)
-                seconds += self._prior_step(name, options, basis) * steps
+                seconds += self._prior_step(name, options, basis) * steps + self._first_sight(options, steps)
             elif isinstance(options, FittedPrior.Options):
                 seconds += self._fit(options, groups[0], basis)
         shards = min(self.groups, self.machine.shards)
@@ -408,6 +408,15 @@ class _Measuring:
         # A check is a forward pass of the held-out examples, about a third of as many steps' work.
         checked = -(-options.held_out // options.batch) / 3
         return step * (1 + options.checks * checked / options.steps)
+
+    def _first_sight(self, options: TrainedPrior.Options, steps: float) -> float:
+        """Seconds of encoding each training image, where that is done once; where it is not, a step has its part of it."""
+        vae, data, few = self.stored.vae, self.stored.dataset, min(options.batch, 16)
+        batches = TrainingBatches(vae, data, few, 0)
+        batches.of(0)
+        if not batches.keeps:
+            return 0.0
+        return _timed(lambda: TrainingBatches(vae, data, few, 0).of(0)) / few * min(data.views, steps * options.batch)
 
     def _fit(self, options: FittedPrior.Options, group: GroupPrior, basis: list[str]) -> float:
         """Seconds of fitting all groups: the codes' passes, and the fit itself on random codes."""

@@ -71,6 +71,9 @@ class TrainingBatches:
         dataset: whose training split.
         size: of a batch.
         seed: of its shuffling.
+
+    Attributes:
+        keeps: whether it keeps features; of images whose features are too large it says so until the first is encoded.
     """
 
     KEPT_BYTES = 2**28
@@ -79,22 +82,22 @@ class TrainingBatches:
     def __init__(self, model: HierarchicalVAE, dataset: Dataset, size: int, seed: int):
         self._model, self._dataset, self._size, self._seed = model, dataset, size, seed
         self._device = next(model.parameters()).device
-        self._keeps = dataset.views > 0
+        self.keeps = dataset.views > 0
         self._seen = torch.zeros(dataset.views, dtype=torch.bool)
         self._kept: list[Tensor] = []
 
     @torch.no_grad()
     def of(self, step: int) -> Tensor | list[Tensor]:
         """The batch of a step, on the model's device."""
-        if not self._keeps:
+        if not self.keeps:
             return self._images(step)
         views = self._dataset.train_views(self._size, self._seed, step)
         if not self._seen[views].all():
             features = self._model.encode(self._images(step))
             if not self._kept:
                 nbytes = sum(feature[0].nbytes for feature in features) * len(self._seen)
-                self._keeps = nbytes <= self.KEPT_BYTES
-                if not self._keeps:
+                self.keeps = nbytes <= self.KEPT_BYTES
+                if not self.keeps:
                     return list(features)
                 self._kept = [feature.new_empty(len(self._seen), *feature.shape[1:]) for feature in features]
             for kept, feature in zip(self._kept, features, strict=True):

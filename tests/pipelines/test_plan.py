@@ -15,6 +15,7 @@ from pipelines import plan as planning
 from pipelines.fanout import Machine
 from pipelines.reporting.overview import overview, overviews
 from pipelines.stages import Pipeline
+from priors.trainer import TrainingBatches
 from runtime.errors import UserError
 
 
@@ -120,12 +121,20 @@ def test_what_has_to_be_got_by_hand_is_named(checkout, quick):
     assert json.loads(found.json())["missing"] == found.missing
 
 
-@pytest.mark.parametrize("prepared", [False, True])
-def test_a_step_of_stage_2_is_one_whose_images_were_encoded_before(prepared, checkout, quick, monkeypatch):
+def of_images(folder):
+    """The measurements of a flat model of colour images."""
     params = tiny()
     params["experiments"]["flat"] |= {"dataset": "cifar10", "model": {"name": "conv-vae", "latents": 2, "widths": [4, 4, 4]}}
     params["experiments"]["flat"]["priors"]["ncp"]["checks"] = 1
-    write_params(checkout, params)
+    write_params(folder, params)
+    measuring = planning._Measuring(Pipeline(folder)._seeds("flat")[1][0], Machine())
+    measuring.seconds_per_flop = 0.0
+    return measuring
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_step_of_stage_2_is_one_whose_images_were_encoded_before(prepared, checkout, quick, monkeypatch):
+    measuring = of_images(checkout)
     encoded, encode = [], ConvVAE.encode
     monkeypatch.setattr(ConvVAE, "encode", lambda model, x: encoded.append(x) or encode(model, x))
     steps = []
@@ -141,8 +150,6 @@ def test_a_step_of_stage_2_is_one_whose_images_were_encoded_before(prepared, che
         return 1.0
 
     monkeypatch.setattr(planning, "_paced", ten_steps)
-    measuring = planning._Measuring(Pipeline(checkout)._seeds("flat")[1][0], Machine())
-    measuring.seconds_per_flop = 0.0
     if prepared:
         levels = torch.zeros(164, 3, 32, 32, dtype=torch.uint8)
         splits = dict(zip(("train", "validation", "test"), levels.split([160, 2, 2]), strict=True))
@@ -150,6 +157,15 @@ def test_a_step_of_stage_2_is_one_whose_images_were_encoded_before(prepared, che
     measuring._prior_step("ncp", measuring.experiment.priors["ncp"], [])
     assert len(steps) == 10
     assert [len(x) for x in encoded if not x.is_meta] == [16]
+
+
+def test_the_first_epochs_encode_and_the_others_do_not(checkout, unit, monkeypatch):
+    measuring = of_images(checkout)
+    options = measuring.experiment.priors["ncp"]  # sixteen images a step
+    assert measuring._first_sight(options, 3) == 3
+    assert measuring._first_sight(options, 10**6) == measuring.stored.dataset.views / 16
+    monkeypatch.setattr(TrainingBatches, "KEPT_BYTES", 0)
+    assert measuring._first_sight(options, 3) == 0
 
 
 def test_an_unknown_experiment_is_refused(checkout):
