@@ -55,7 +55,7 @@ SAME_NUMBERS = {
     "91b9ceef70b4b06b": "8a01ee2bc3db2a8b",  # priors.langevin: chains that start from SIR
     "86782bc0899fae9a": "969392a3497bb9fa",  # priors.registry: chains that start from SIR
     "5cf6d6b8f5dba651": "ca3329d4c0473080",  # priors.sampling: decoding has a function of its own
-    "76253f60ce934aa8": "c3687b76835e918d",  # priors.trainer: reads what it needs; decay; encodes an image once
+    "7cf93c6e495c4a1c": "c3687b76835e918d",  # priors.trainer: reads what it needs; decay; encodes an image once
     "1412a03cb8308e88": "3dbeda7e8161256f",  # runtime.hardware: waits before a clock is read; no TF32; who gains from bf16
     "cafbd93b9991378d": "bca9d21831cb9fba",  # runtime.randomness: parts of a batch
     "82f942e51d917d2d": "d62cb38a16403658",  # runtime.training: checkpoints in the background; one transfer of losses; parts
