@@ -363,7 +363,8 @@ def _by_group(experiment: str, frame: pd.DataFrame) -> Figure | None:
     by_group = by_group[by_group.kind.isin(list(panels))]
     if by_group.group.nunique() < 2:
         return None
-    figure, axes = _panels(3, 5.0)
+    panels = {kind: label for kind, label in panels.items() if kind in set(by_group.kind)}  # a base by itself gains nothing
+    figure, axes = _panels(len(panels), 5.0)
     names = by_group.prior + by_group.sampler.map(lambda sampler: f" by {sampler}" if sampler else "")
     styles = _styles(names)
     for axis, (kind, label) in zip(axes, panels.items(), strict=True):

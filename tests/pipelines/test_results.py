@@ -448,6 +448,16 @@ def test_a_sampler_may_have_any_name(name, tmp_path):
     assert "".join(report.tables(frame))
 
 
+def test_a_base_by_itself_has_no_panel_of_gains():
+    of_base = {"kl": "", "mmd2": "sir"}
+    rows = [measured(metric=f"{kind}/k0{k}", sampler=sampler) for k in (0, 1) for kind, sampler in of_base.items()]
+    gains = [measured(metric=f"elbo-gain/k0{k}") for k in (0, 1)]
+    for measurements, panels in ((rows, 2), (rows + gains, 3)):
+        figure = figures._by_group("digits-nvae", results.over_seeds(table(*measurements)))
+        assert len(figure.axes) == panels
+        assert all(axis.lines for axis in figure.axes)
+
+
 def test_figures_of_what_is_gone_are_removed_and_pictures_stay_as_long_as_they_are_true(tmp_path):
     from matplotlib import pyplot as plt
     from tiny import tiny
