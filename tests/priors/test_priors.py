@@ -409,9 +409,8 @@ def test_what_is_kept_of_training_images_is_what_the_encoder_makes_of_them(name,
 
 def test_features_too_large_to_keep_are_made_anew(monkeypatch):
     model, data = frozen("hierarchical"), Shown(monkeypatch)
-    monkeypatch.setattr(
-        TrainingBatches, "KEPT_BYTES", 20 * sum(f[0].nbytes for f in model.encode(data.examples("test"))) - 1
-    )
+    needed = data.views * sum(feature[0].nbytes for feature in model.encode(data.examples("test")))
+    monkeypatch.setattr(TrainingBatches, "KEPT_BYTES", needed - 1)
     batches, sizes = TrainingBatches(model, data, 5, 3), counting(monkeypatch, model)
     batches.of(0)
     assert all(torch.equal(batches.of(step), data.train_batch(5, 3, step)) for step in range(1, 60))
