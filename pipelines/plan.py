@@ -352,20 +352,21 @@ class _Measuring:
 
     def train_prior(self) -> StagePlan:
         """Stage 2: every prior of every seed, its groups in as many shards as there are."""
-        seconds, disk, largest, basis = 0.0, 0, 0, list[str]()
+        seconds, disk, largest, kept, basis = 0.0, 0, 0, 0, list[str]()
         for name, options in self.experiment.priors.items():
             groups = [self.stored.new_group(name, k) for k in range(self.groups)]
             size = 4 * sum(p.numel() for group in groups for p in group.parameters())
             disk, largest = disk + size, max(largest, size)
             if isinstance(options, TrainedPrior.Options):
                 steps = self._steps_made(name, options)
-                seconds += self._prior_step(name, options, basis) * steps + self._first_sight(options, steps)
+                encoding, features = self._first_sight(options, steps)
+                seconds, kept = seconds + self._prior_step(name, options, basis) * steps + encoding, max(kept, features)
             elif isinstance(options, FittedPrior.Options):
                 seconds += self._fit(options, groups[0], basis)
         shards = min(self.groups, self.machine.shards)
         tasks = self._seeds * len(self.experiment.priors) * shards
         batch = max([getattr(options, "batch", 1) for options in self.experiment.priors.values()], default=1)
-        memory = self.parameters + 4 * largest / shards + batch * self.saved_per_example
+        memory = self.parameters + 4 * largest / shards + batch * self.saved_per_example + kept
         return self._stage("train-prior", tasks, self._seeds * seconds, self._seeds * disk, memory, basis)
 
     def _steps_made(self, name: str, options: TrainedPrior.Options) -> float:
@@ -409,14 +410,18 @@ class _Measuring:
         checked = -(-options.held_out // options.batch) / 3
         return step * (1 + options.checks * checked / options.steps)
 
-    def _first_sight(self, options: TrainedPrior.Options, steps: float) -> float:
-        """Seconds of encoding each training image, where that is done once; where it is not, a step has its part of it."""
+    def _first_sight(self, options: TrainedPrior.Options, steps: float) -> tuple[float, int]:
+        """Seconds of encoding each training image, where that is done once, and bytes of what is kept of all of them.
+
+        Where it is done again and again, a step has its part of it, and nothing is kept.
+        """
         vae, data, few = self.stored.vae, self.stored.dataset, min(options.batch, 16)
         batches = TrainingBatches(vae, data, few, 0)
-        batches.of(0)
+        features = batches.of(0)
         if not batches.keeps:
-            return 0.0
-        return _timed(lambda: TrainingBatches(vae, data, few, 0).of(0)) / few * min(data.views, steps * options.batch)
+            return 0.0, 0
+        seconds = _timed(lambda: TrainingBatches(vae, data, few, 0).of(0)) / few * min(data.views, steps * options.batch)
+        return seconds, data.views * sum(feature[0].nbytes for feature in features)
 
     def _fit(self, options: FittedPrior.Options, group: GroupPrior, basis: list[str]) -> float:
         """Seconds of fitting all groups: the codes' passes, and the fit itself on random codes."""

@@ -162,10 +162,11 @@ def test_a_step_of_stage_2_is_one_whose_images_were_encoded_before(prepared, che
 def test_the_first_epochs_encode_and_the_others_do_not(checkout, unit, monkeypatch):
     measuring = of_images(checkout)
     options = measuring.experiment.priors["ncp"]  # sixteen images a step
-    assert measuring._first_sight(options, 3) == 3
-    assert measuring._first_sight(options, 10**6) == measuring.stored.dataset.views / 16
+    views, floats = measuring.stored.dataset.views, 2 * measuring.experiment.model.latents
+    assert measuring._first_sight(options, 3) == (3, 4 * floats * views)
+    assert measuring._first_sight(options, 10**6) == (views / 16, 4 * floats * views)
     monkeypatch.setattr(TrainingBatches, "KEPT_BYTES", 0)
-    assert measuring._first_sight(options, 3) == 0
+    assert measuring._first_sight(options, 3) == (0, 0)
 
 
 def test_an_unknown_experiment_is_refused(checkout):
