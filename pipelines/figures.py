@@ -350,6 +350,7 @@ def _training(experiment: str, frame: pd.DataFrame) -> Figure | None:
         axis.set(xlabel="training step", ylabel="held-out criterion (nats)", title=f"{experiment}: {prior}")
         axis.title.set_fontsize(10)
         axis.ticklabel_format(useOffset=False)
+        axis.locator_params(axis="x", nbins=4)  # steps of six digits would run into each other
     axes[0].plot([], [], "o", color="0.3", label="kept, mean over seeds")
     _legend_below(figure)
     return figure
