@@ -391,6 +391,10 @@ def _judge(claim: Claim, table: pd.DataFrame, stale: Stale | None) -> Verdict:
             found if subject.experiment else found[found.experiment == name]
             for subject, found in zip(subjects, rows, strict=True)
         ]
+        if len({_drawn_how(found) for found in own}) > 1:
+            return Verdict(
+                claim, "untested", f"{name} has its two likelihoods at unequal S, or on unequal numbers of examples"
+            )
         number = _number(claim, name, own)
         if number is None:
             return Verdict(claim, "untested", f"{name} has too few groups for a rank correlation; it takes {FEWEST}")
@@ -441,6 +445,13 @@ def _number(claim: Claim, experiment: str, rows: Sequence[pd.DataFrame]) -> Numb
     return Number(experiment, word, value, interval, note, reason, any(map(results.conditional, rows)))
 
 
+def _drawn_how(rows: pd.DataFrame) -> tuple[int, ...]:
+    """Of a likelihood, S and on how many examples: what it depends on beside the prior. Nothing of other numbers."""
+    if not rows.metric.str.match("loglik|truth-gap").any():
+        return ()
+    return int(rows.samples.max()), int(rows.n.max())
+
+
 def _word(value: float, half_width: float, bar: float, strict: bool = False) -> Word:
     """Where an interval lies to a bar, higher being better; ``strict``: the bar itself is not enough."""
     low, high = value - half_width, value + half_width
@@ -465,10 +476,11 @@ def _undetected(rows: Sequence[pd.DataFrame], value: float, interval: float) -> 
 
 
 def _correlation(claim: Claim, experiment: str, first: pd.DataFrame, second: pd.DataFrame) -> Number | None:
-    """Rank correlation over groups; the seeds of one VAE are not independent, so they are averaged first."""
+    """Rank correlation over groups. Seeds of a VAE are not independent, nor is a group of several VAEs: means count."""
     group = {"group": lambda rows: rows.metric.str.split("/").str[1]}
     both = first.assign(**group).merge(second.assign(**group), on=["seed", "vae_seed", "group"])
-    means = both.groupby(["vae_seed", "group"])[["value_x", "value_y"]].agg(_mean)
+    of_vaes = both.groupby(["vae_seed", "group"])[["value_x", "value_y"]].agg(_mean)
+    means = of_vaes.groupby("group").agg(_mean)
     count = len(means)
     if count < FEWEST:
         return None
@@ -525,17 +537,20 @@ def _trained(claim: Claim, number: Number, table: pd.DataFrame, measured_earlier
     """The same number, where training was too short for its verdict inconclusive; and said so if of earlier code."""
     word, reason = number.word, number.reason
     assert claim.subject is not None
-    subject, against = claim.subject.prior, None if claim.against is None else claim.against.prior
+    subject, against = (
+        None if named is None else (named.experiment or number.experiment, named.prior)
+        for named in (claim.subject, claim.against)
+    )
     comparable = claim.kind in ("absolute", "gain", "ordering", "no-worse") and "seconds" not in claim.subject.metric
     if comparable and subject != against:
         unfinished = subject if word == "contradicted" else against if word == "reproduced" else None
-        if unfinished is not None and _improving(unfinished, number.experiment, table):
-            word, reason = "inconclusive", f"{unfinished} was still improving when its budget ended"
+        if unfinished is not None and _improving(*unfinished, table):
+            word, reason = "inconclusive", f"{unfinished[1]} was still improving when its budget ended"
     note = "; ".join(filter(None, (number.note, "measured by earlier code" if measured_earlier else "")))
     return Number(number.experiment, word, number.value, number.interval, note, reason, number.conditional)
 
 
-def _improving(prior: str, experiment: str, table: pd.DataFrame) -> bool:
+def _improving(experiment: str, prior: str, table: pd.DataFrame) -> bool:
     """Whether the training of a prior was ended by its budget, in any group of any seed; False where nothing is trained."""
     own = table[(table.experiment == experiment) & (table.prior == prior) & table.metric.str.startswith("plateaued/")]
     return prior != results.BASELINE and bool((own.value != 1).any())

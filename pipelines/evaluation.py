@@ -32,7 +32,7 @@ from pipelines.fingerprints import fingerprint
 from pipelines.identities import chain_modules, choice
 from pipelines.recipe import Recipe
 from pipelines.results import AGGREGATE, BASELINE, DATA, Row
-from pipelines.samples import Samples, row_parts
+from pipelines.samples import Samples, chain_states, row_parts
 from pipelines.stored import Stored
 from pipelines.work import opened
 from priors.protocol import Prior
@@ -103,22 +103,22 @@ class Evaluation:
 
     def _training(self) -> Iterator[Row]:
         stored = self.stored
-        precision = {"precision": stored.vae_document.get("precision", "")}
+        made_on = _made_on(stored.vae_document)
         if "imported" not in stored.vae_document:
             yield self._row(
-                BASELINE, "train-seconds", stored.vae_document["seconds"], 0.0, stored.vae_document["step"], **precision
+                BASELINE, "train-seconds", stored.vae_document["seconds"], 0.0, stored.vae_document["step"], **made_on
             )
         priors = stored.recipe.experiment.priors
         # The base's row is its VAE's, also where the base was fitted to codes afterwards: in seconds.
         for name in (name for name, options in priors.items() if options.method != "normal" and name != BASELINE):
             documents = [stored.prior_document(name, k) for k in range(stored.vae.groups)]
-            precision = {"precision": documents[0].get("precision", "")}
+            made_on = _made_on(*documents)
             seconds, steps = (sum(document[key] for document in documents) for key in ("seconds", "step"))
-            yield self._row(name, "train-seconds", seconds, 0.0, steps // len(documents), **precision)
+            yield self._row(name, "train-seconds", seconds, 0.0, steps // len(documents), **made_on)
             for k in range(stored.vae.groups):
-                yield from self._training_of_group(name, k, precision)
+                yield from self._training_of_group(name, k, made_on)
 
-    def _training_of_group(self, name: str, k: int, precision: dict[str, str]) -> Iterator[Row]:
+    def _training_of_group(self, name: str, k: int, made_on: dict[str, str]) -> Iterator[Row]:
         """The curve of a group's held-out criterion, and whether training ended since it had stopped improving.
 
         A prior without parameters of its own is as well trained as what it is put on.
@@ -126,13 +126,13 @@ class Evaluation:
         documents = [self.stored.prior_document(below, k) for below in self.stored.recipe.experiment.chain(name)]
         checks = getattr(self.stored.recipe.experiment.priors[name], "checks", 1)
         for step, loss, _ in _thinned(documents[0].get("held_out", []), checks):
-            yield self._row(name, f"held-out/k{k:02d}", loss, 0.0, 1, step=int(step), **precision)
+            yield self._row(name, f"held-out/k{k:02d}", loss, 0.0, 1, step=int(step), **made_on)
         trained = [document for document in documents if document.get("held_out")]
         if trained:
             plateaued = all(document.get("ended") == "plateau" for document in trained)
-            yield self._row(name, f"plateaued/k{k:02d}", float(plateaued), 0.0, 1, **precision)
+            yield self._row(name, f"plateaued/k{k:02d}", float(plateaued), 0.0, 1, **made_on)
             kept = float(trained[0].get("kept") or trained[0]["step"])
-            yield self._row(name, f"kept-step/k{k:02d}", kept, 0.0, 1, **precision)
+            yield self._row(name, f"kept-step/k{k:02d}", kept, 0.0, 1, **made_on)
 
     @property
     def _limit(self) -> int:
@@ -292,6 +292,7 @@ class Evaluation:
         stored, recipe = self.stored, self.stored.recipe
         config = {
             "vae digest": stored.vae_document["digest"],
+            "dataset digest": stored.dataset.digest,
             "prior digests": {name: stored.identities.chain_digests(name, stored.groups) for name in names},
             "likelihood": plain(self._likelihood),
             "examples": self._limit,
@@ -330,7 +331,8 @@ class Evaluation:
             counts = {"proposals": max(options.proposals)} if kind == "elbo-gain" else {}
             yield self._row(prior, what, value, math.hypot(stderr, shared), n, **counts)
         elif kind == "log-z":
-            yield self._row(prior, f"log-z/{details[0]}", value, stderr, n, normaliser=int(details[1]))
+            shared = pools[prior].error(int(details[1])) if details[0] == "k00" else 0.0
+            yield self._row(prior, f"log-z/{details[0]}", value, math.hypot(stderr, shared), n, normaliser=int(details[1]))
         else:
             count, size = (int(details[0]), int(details[1])) if details else (0, int(kind))
             suffix = "" if kind.isdigit() else f"-{kind}"
@@ -339,7 +341,7 @@ class Evaluation:
             if count != most and size != max(options.samples):
                 return
             # The pool of base samples is shared by all examples, so its error does not average out over them.
-            shared = pools[prior].error(count) if count else 0.0
+            shared = self._pool_error(pools[prior], count, size) if count else 0.0
             how: dict[str, Any] = {"samples": size, "features": self._normalised_on(kind, size)} | counts
             yield self._row(prior, f"loglik{suffix}", value, math.hypot(stderr, shared), n, **how)
             if prior != BASELINE:
@@ -348,6 +350,18 @@ class Evaluation:
             if density is not None and kind != "plugin":
                 gap, error, _ = mean_and_error(density - values.double())
                 yield self._row(prior, f"truth-gap{suffix}", gap, math.hypot(error, shared), n, **how)
+
+    def _pool_error(self, pool: Pool, count: int, samples: int) -> float:
+        """Standard error, nats, of a first group's normalisers, by the blocks of ``count`` read of its pool.
+
+        Where all samples share their context, the s-th of example i reads block i·S + s, round the pool, with S the
+        most samples an example has. So the first few of each example may read few blocks.
+        """
+        blocks = read = len(pool.log_r) // count
+        if self.stored.vae.groups == 1 and samples < blocks:
+            first = torch.arange(self._limit)[:, None] * max(self._likelihood.samples)
+            read = len(((first + torch.arange(samples)) % blocks).unique())
+        return pool.error(count) * math.sqrt(blocks / read)
 
     def _normalised_on(self, kind: str, size: int) -> str:
         """For how many of S samples a corrected prior's normalisers were estimated, where it is not all of them."""
@@ -366,7 +380,7 @@ class Evaluation:
             # M names the distribution that SIR draws from, which steps after it leave.
             "proposals": getattr(options, "proposals", 0) if method.weighs else 0,
             "seconds": seconds.sum().item(),
-            "precision": "+".join(sorted({file.document["precision"] for file in drawn.files})),
+            **_made_on(*(file.document for file in drawn.files)),
         }
 
         def row(metric: str, value: float, stderr: float, **more: Any) -> Row:
@@ -375,7 +389,7 @@ class Evaluation:
         yield row("seconds-per-image", *mean_and_error_over_blocks(seconds, drawn.diagnostic("block"))[:2])
         proposals = torch.stack([drawn.diagnostic(f"proposals/k{k:02d}") for k in groups]).sum(0)
         yield row("proposals-per-image", *mean_and_error(proposals)[:2])
-        for group, share in drawn.under_floor(stored.vae.groups).items():
+        for group, share in drawn.under_floor(stored.vae.groups, chain_states(options)).items():
             yield row(f"ess-floor-share/{group}", share, (share * (1 - share) / n) ** 0.5)
         for k in groups:
             yield row(f"ess-fraction/k{k:02d}", *mean_and_error(drawn.diagnostic(f"ess/k{k:02d}"))[:2])
@@ -384,7 +398,8 @@ class Evaluation:
             latents = drawn.latents(k)
             distance = mmd.mmd(self._aggregate.latents(k), latents)
             about = {"features": _bandwidths(distance.bandwidths)}
-            yield self._row(prior, f"mmd2/k{k:02d}", distance.value, distance.stderr, len(latents), **common, **about)
+            rows = min(len(latents), len(self._aggregate.latents(k)), mmd.ROWS)
+            yield self._row(prior, f"mmd2/k{k:02d}", distance.value, distance.stderr, rows, **common, **about)
         yield from self._quality_of(prior, drawn, f"{prior}+{sampler}", **common)
 
     @cached_property
@@ -444,6 +459,12 @@ def _thinned(curve: Sequence[Sequence[float]], checks: int) -> Sequence[Sequence
     """At most CURVE_POINTS of a curve of up to ``checks`` points, at the same steps however early a training ended."""
     every = -(-checks // CURVE_POINTS)
     return curve[every - 1 :: every] or curve[-1:]
+
+
+def _made_on(*documents: dict[str, Any]) -> dict[str, str]:
+    """The precision and the devices that stored files were made in and on; a device is unknown of what does not say."""
+    found = {key: {document.get(key, "") for document in documents} - {""} for key in ("precision", "device")}
+    return {key: "+".join(sorted(values)) for key, values in found.items()}
 
 
 def _bandwidths(values: list[float]) -> str:

@@ -325,4 +325,6 @@ def _half_width(values: pd.Series, errors: pd.Series, drawn: bool) -> float:
     seeds = len(values)
     spread = stdtrit(seeds - 1, 0.975) * values.std(skipna=False) / math.sqrt(seeds) if seeds > 1 else 0.0
     error = 1.96 * math.sqrt((errors**2).mean())
-    return max(spread, error / math.sqrt(seeds)) if drawn else math.hypot(spread, error)
+    if drawn and seeds > 1:
+        return max(spread, error / math.sqrt(seeds))
+    return math.hypot(spread, error)

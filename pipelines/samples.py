@@ -15,6 +15,7 @@ from priors.samplers import ESS_FLOOR
 from runtime import checkpoints, rowfiles
 from runtime.blocks import Rows
 from runtime.errors import UserError
+from runtime.options import Options
 from runtime.rowfiles import RowFile
 
 Pixels = Literal["uint8", "float32"]
@@ -36,6 +37,12 @@ def rows_per_file(wanted: int, batch: int) -> int:
     """At least the wanted rows, and whole batches: of what makes them, and of the network that looks at them later."""
     whole = math.lcm(batch, BATCH)
     return -(-wanted // whole) * whole
+
+
+def chain_states(sampler: Options) -> int | None:
+    """How many states the chain of a sampler with these settings has, its start among them; None where it runs none."""
+    steps: int | None = getattr(sampler, "steps", None)
+    return None if steps is None else steps + 1
 
 
 def row_parts(total: int, per_file: int) -> list[tuple[int, int]]:
@@ -107,12 +114,17 @@ class Samples:
         for file in self.files:
             require_finite(checkpoints.load(file.path, self.made_by)[0], what)
 
-    def under_floor(self, groups: int) -> dict[str, float]:
-        """Share of images with an effective sample size under ESS_FLOOR by group; none where r was not evaluated at all."""
+    def under_floor(self, groups: int, states: int | None = None) -> dict[str, float]:
+        """Share of images with an effective sample size under ESS_FLOOR by group; none where r was not evaluated at all.
+
+        Args:
+            groups: how many there are.
+            states: of a chain, whose effective sample size is a fraction of them; else it is one of the proposals.
+        """
         shares = {}
         for k in range(groups):
             proposals, ess = self.diagnostic(f"proposals/k{k:02d}"), self.diagnostic(f"ess/k{k:02d}")
-            few = (proposals > 0) & (ess * proposals < ESS_FLOOR)
+            few = (proposals > 0) & (ess * (states or proposals) < ESS_FLOOR)
             shares[f"k{k:02d}"] = few.double().mean().item()
         return shares
 

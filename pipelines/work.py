@@ -13,7 +13,7 @@ from models.protocol import Tempered
 from models.trainer import train_vae
 from pipelines.importing import imported
 from pipelines.recipe import Recipe
-from pipelines.samples import latent_rows, require_finite, rows_per_file, to_store
+from pipelines.samples import chain_states, latent_rows, require_finite, rows_per_file, to_store
 from pipelines.stored import Stored
 from pipelines.workspace import Workspace
 from priors.registry import SAMPLERS
@@ -117,4 +117,4 @@ def drawn_task(report: Report, recipe: Recipe, prior: str, sampler: str) -> dict
     drawn = stored.samples(prior, sampler)
     # Some of it may have been there, from other code.
     drawn.require_finite(f"{recipe.name}: {prior} by {sampler}, seed {recipe.seed}")
-    return drawn.under_floor(stored.groups)
+    return drawn.under_floor(stored.groups, chain_states(recipe.experiment.samplers[sampler]))

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from runtime import hardware
 from runtime.errors import UserError, last_line
 from runtime.files import atomic_path
 from runtime.identity import Identity, revision
@@ -96,16 +97,20 @@ def save(path: Path, tensors: dict[str, Tensor], identity: Identity, **metadata:
 
 
 def describe(identity: Identity, content: str, **metadata: Any) -> dict[str, Any]:
-    """The metadata document of a file: what it was made from, its content digest, and further JSON values."""
-    return metadata | {
-        "experiment": identity.experiment,
-        "seed": identity.seed,
-        "config": identity.config,
-        "source": identity.source,
-        "precision": identity.precision,
-        "digest": content,
-        "revision": revision(),
-    }
+    """The metadata document of a file: what it was made from and on, its content digest, and further JSON values."""
+    return (
+        {"device": hardware.device_name()}
+        | metadata
+        | {
+            "experiment": identity.experiment,
+            "seed": identity.seed,
+            "config": identity.config,
+            "source": identity.source,
+            "precision": identity.precision,
+            "digest": content,
+            "revision": revision(),
+        }
+    )
 
 
 def _require_finite(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -241,7 +246,8 @@ def publish(path: Path, copy: Path) -> None:
     made_from = (document[key] for key in ("experiment", "seed", "config", "source", "precision"))
     identity = Identity(*made_from)
     known = {"step", "seconds", "history", "held_out", "ended", "kept", "imported"} & document.keys()
-    save(copy, small, identity, original=document["digest"], **{name: document[name] for name in known})
+    made_on = {"original": document["digest"], "device": document.get("device", "")}
+    save(copy, small, identity, **made_on, **{name: document[name] for name in known})
 
 
 def restore(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -175,6 +175,14 @@ def test_the_shared_error_does_not_shrink_with_seeds():
     assert results.over_seeds(table(equal[0])).interval.item() == pytest.approx(0.196)
 
 
+def test_an_error_that_one_seed_does_not_know_is_not_taken_for_none():
+    """Images of one batch were timed together, which says nothing of how batches differ; several seeds differ themselves."""
+    timed = [{"metric": "seconds-per-image", "sampler": "sir-5", "value": 1.0 + seed, "stderr": math.nan, "seed": seed}
+             for seed in range(2)]  # fmt: skip
+    assert math.isnan(results.over_seeds(table(timed[0])).interval.item())
+    assert results.over_seeds(table(*timed)).interval.item() == pytest.approx(12.7062 / 2, rel=1e-4)
+
+
 def drawn(values, stderr):
     return [
         {"metric": "fid-mnist-500", "sampler": "sir-5", "seed": seed, "value": value, "stderr": stderr}
