@@ -128,7 +128,7 @@ def show(experiment: Name, json: Json = False) -> None:
         *(
             overview.shown(frame)
             if len(frame)
-            else [f"nothing is measured yet; run: priorhole {found.missing[0]} {experiment}"]
+            else [f"nothing is measured yet; run: priorhole {(found.missing or ['evaluate'])[0]} {experiment}"]
         )
     )
 

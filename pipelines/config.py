@@ -304,10 +304,13 @@ class Config(Options):
             if name not in self.experiments:
                 raise ValueError(f"run: {name!r} is not among the experiments: {', '.join(self.experiments)}")
         for name, experiment in self.experiments.items():
-            if experiment.trained_in is not None and experiment.trained_in not in self.experiments:
-                raise ValueError(f"experiments.{name}.trained_in: experiment {experiment.trained_in!r} does not exist")
-            if experiment.trained_in == name:
+            other = experiment.trained_in
+            if other is not None and other not in self.experiments:
+                raise ValueError(f"experiments.{name}.trained_in: experiment {other!r} does not exist")
+            if other == name:
                 raise ValueError(f"experiments.{name}.trained_in: it is the experiment itself; leave it out")
+            if other is not None and (further := self.experiments[other].trained_in) is not None:
+                raise ValueError(f"experiments.{name}.trained_in: {other} is itself trained in {further}; name that one")
         return self
 
     def experiment(self, name: str) -> Experiment:

@@ -377,7 +377,7 @@ class _Measuring:
             with suppress(UserError):
                 made.append(checkpoints.load_document(path, "")["step"])
         if not made and self.recipe.workspace.results.exists():
-            known = results.read(self.recipe.workspace.results, "priorhole report")
+            known = results.read_all(self.recipe.workspace.results)
             rows = (known.experiment == self.recipe.name) & (known.prior == name) & (known.metric == "train-seconds")
             made = list(known[rows].n)  # a group's, on average
         return min(options.steps, sum(made) / len(made)) if made else options.steps

@@ -25,7 +25,10 @@ SHOWN = (
 
 
 def gather(workspace: Workspace, config: Config, judged: Sequence[claims.Claim]) -> pd.DataFrame:
-    """All results: the evaluated experiments' own tables; of those not evaluated here, what results.csv held already."""
+    """All results: the evaluated experiments' own tables; of those not evaluated here, what results.csv held already.
+
+    Rows of experiments that ``config`` does not name are among the latter: they may be of days on another machine.
+    """
     tables = []
     for name in config.experiments:
         path = workspace.evaluation(name) / "results.csv"
@@ -33,8 +36,8 @@ def gather(workspace: Workspace, config: Config, judged: Sequence[claims.Claim])
             tables.append(results.read(path, f"priorhole evaluate {name}"))
     fresh = {name for table in tables for name in table.experiment}
     if workspace.results.exists():
-        kept = results.read(workspace.results, f"rm {workspace.results}; priorhole report")
-        tables.append(kept[~kept.experiment.isin(fresh) & kept.experiment.isin(list(config.experiments))])
+        kept = results.read_all(workspace.results)
+        tables.append(kept[~kept.experiment.isin(fresh)])
     table = pd.concat(tables, ignore_index=True) if tables else results.frame([])
     return table.assign(target=_targets(table, judged))
 
@@ -209,10 +212,17 @@ def excerpt(verdicts: Sequence[claims.Verdict]) -> str:
     return claims.markdown([verdict for verdict in verdicts if verdict.word in ("reproduced", "contradicted")])
 
 
-def write(workspace: Workspace, table: pd.DataFrame, verdicts: Sequence[claims.Verdict]) -> list[Path]:
-    """Write results.csv, results.md, metrics.json, claims.md and the README's excerpt; returns their paths."""
+def write(workspace: Workspace, table: pd.DataFrame, kept: pd.DataFrame, verdicts: Sequence[claims.Verdict]) -> list[Path]:
+    """Write results.csv, results.md, metrics.json, claims.md and the README's excerpt; returns their paths.
+
+    Args:
+        workspace: where to.
+        table: what is shown.
+        kept: rows that results.csv has beside them.
+        verdicts: on the claims.
+    """
     frame = results.over_seeds(table)
-    results.write(workspace.results, table)
+    results.write(workspace.results, pd.concat([table, kept], ignore_index=True))
     meanings = "".join(f"| `{name}` | {m.unit} | {m.better} | {m.meaning} |\n" for name, m in results.METRICS.items())
     glossary = f"## Metrics\n\n| name (pattern) | unit | better | meaning |\n| --- | --- | --- | --- |\n{meanings}"
     text = "# Results\n\n" + "\n".join(tables(frame)) + "\n" + glossary

@@ -163,7 +163,11 @@ def write(path: Path, table: pd.DataFrame) -> None:
 
 
 def read(path: Path, made_by: str) -> pd.DataFrame:
-    """Read a table. Raises UserError if it is missing or not one of ours; ``made_by`` is the command that makes it."""
+    """Read a table; ``made_by`` is the command that makes it.
+
+    Raises:
+        UserError: it is missing, not one of ours, or has a row twice.
+    """
     try:
         text = io.StringIO(path.read_text(encoding="utf-8"))
         table = pd.read_csv(text, dtype=TYPES, keep_default_na=False, na_values={"value": ["nan"], "stderr": ["nan"]})
@@ -175,7 +179,19 @@ def read(path: Path, made_by: str) -> pd.DataFrame:
         ) from error
     if list(table.columns) != COLUMNS:
         raise UserError(f"{path} has the wrong columns; make it anew with: {made_by}")
+    twice = table.duplicated([*KEYS, "seed"])
+    if twice.any():
+        row, line = table[twice].iloc[0], int(twice.argmax()) + 2
+        raise UserError(
+            f"{path} has {row.metric} of {row.experiment}, {row.prior}, seed {row.seed} twice (line {line}), as when two "
+            f"versions were merged; make it anew with: {made_by}"
+        )
     return table
+
+
+def read_all(path: Path) -> pd.DataFrame:
+    """The table of all experiments, which is under version control. Raises UserError as :func:`read` does."""
+    return read(path, f"git checkout {path}; priorhole report" if path.exists() else "priorhole report")
 
 
 def gains_over_samples(frame: pd.DataFrame) -> pd.DataFrame:

@@ -2,11 +2,9 @@
 
 import itertools
 import json
-import os
-import shlex
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -21,6 +19,7 @@ from pipelines.config import Config, Experiment, plain, read, validate
 from pipelines.fanout import Machine, Task
 from pipelines.importing import import_nvae
 from pipelines.recipe import Recipe
+from pipelines.removed import prune, unnamed
 from pipelines.results import AGGREGATE
 from pipelines.samples import row_parts, rows_per_file
 from pipelines.stored import Stored
@@ -30,7 +29,7 @@ from priors.registry import SAMPLERS
 from priors.samplers import ESS_FLOOR
 from runtime import arrays, checkpoints
 from runtime.errors import UserError
-from runtime.files import require_writable, write_text
+from runtime.files import exclusive, require_writable, write_text
 from runtime.identity import require_own_code
 
 if TYPE_CHECKING:
@@ -45,13 +44,19 @@ SETTINGS = {
 """Stages that are mirrored into MLflow, and which of an experiment's settings are logged there."""
 
 
-def _tracked(stage: Callable[..., Any]) -> Callable[..., Any]:
-    """A stage of an experiment, mirrored into MLflow while it runs."""
+def _stage(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A stage of an experiment, by one process at a time, mirrored into MLflow while it runs.
 
-    @wraps(stage)
+    It is called with the experiment's name. The method is given the experiment and its seeds' recipes too, which are valid.
+    """
+    title = method.__name__.replace("_", "-")
+
+    @wraps(method)
     def run(self: "Pipeline", name: str, *arguments: Any, **options: Any) -> Any:
-        with tracking.stage(self.root, stage.__name__.replace("_", "-"), name):
-            return stage(self, name, *arguments, **options)
+        with tracking.stage(self.root, title, name):
+            experiment, seeds = self._seeds(name)
+            with exclusive(self.workspace.locks, f"{name}/{title}"):
+                return method(self, name, experiment, seeds, *arguments, **options)
 
     return run
 
@@ -121,13 +126,12 @@ class Pipeline:
             known["images"] = plain(experiment.shown)
         write_text(written, json.dumps(known) + "\n")
 
-    @_tracked
-    def train_vae(self, name: str) -> None:
+    @_stage
+    def train_vae(self, name: str, experiment: Experiment, seeds: list[Recipe]) -> None:
         """Stage 1: train the VAE of every seed, each by as many processes as the machine says."""
-        experiment, seeds = self._seeds(name)
         seeds = list({recipe.vae_seed: recipe for recipe in seeds}.values())
         require_writable(self.workspace.artifacts(name) / "vae")
-        _prune(self.workspace, self.workspace.artifacts(name) / "vae", [{f"seed-{recipe.vae_seed}" for recipe in seeds}])
+        prune(self.workspace, self.workspace.artifacts(name) / "vae", [{f"seed-{recipe.vae_seed}" for recipe in seeds}])
         blueprint.check_batches(name, experiment, Stored(seeds[0]).dataset)
         processes = self.machine.processes
         experiment.train.parts(processes, 0)  # refused before anything is started
@@ -151,15 +155,14 @@ class Pipeline:
         require_writable(self.workspace.artifacts(name) / "vae")
         return import_nvae(recipes[next(iter(recipes)) if seed is None else seed], checkpoint)
 
-    @_tracked
-    def train_prior(self, name: str) -> None:
+    @_stage
+    def train_prior(self, name: str, experiment: Experiment, seeds: list[Recipe]) -> None:
         """Stage 2: learn every prior of every seed, its groups dealt over the shards; a base before what is put on it."""
-        experiment, seeds = self._seeds(name)
         require_writable(
             *(self.workspace.prior(name, prior, recipe.seed, 0).parent for prior in experiment.priors for recipe in seeds)
         )
         own = {f"seed-{seed}" for seed in experiment.seeds}
-        _prune(self.workspace, self.workspace.artifacts(name) / "priors", [experiment.priors.keys(), own])
+        prune(self.workspace, self.workspace.artifacts(name) / "priors", [experiment.priors.keys(), own])
         stored = Stored(seeds[0])
         groups = stored.groups
         blueprint.check_batches(name, experiment, stored.dataset)
@@ -183,14 +186,13 @@ class Pipeline:
         runs = {recipe.seed: _learning_curves(Stored(recipe), experiment, groups) for recipe in seeds}
         tracking.record(runs)
 
-    @_tracked
-    def sample(self, name: str) -> None:
+    @_stage
+    def sample(self, name: str, experiment: Experiment, seeds: list[Recipe]) -> None:
         """Draw samples of every prior by each of its samplers, for every seed."""
-        experiment, seeds = self._seeds(name)
         chosen = seeds[0].draws()
         require_writable(*(self.workspace.samples(name, *key, recipe.seed) for key in chosen for recipe in seeds))
         drawn, own = {f"{prior}+{sampler}" for prior, sampler in chosen}, {f"seed-{seed}" for seed in experiment.seeds}
-        _prune(self.workspace, self.workspace.artifacts(name) / "samples", [drawn, own])
+        prune(self.workspace, self.workspace.artifacts(name) / "samples", [drawn, own])
         keys = [(recipe, prior, sampler) for prior, sampler in chosen for recipe in seeds]
         settings = experiment.sample
         parts = row_parts(settings.images, rows_per_file(settings.rows_per_file, settings.batch))
@@ -240,25 +242,24 @@ class Pipeline:
             checkpoints.publish(path, self.workspace.published(path))
         return sorted(map(self.workspace.published, made_by))
 
-    @_tracked
-    def evaluate(self, name: str, examples: int | None = None) -> Path:
+    @_stage
+    def evaluate(self, name: str, experiment: Experiment, seeds: list[Recipe], examples: int | None = None) -> Path:
         """Measure everything; the rows go to the experiment's own table.
 
         Args:
-            name: the experiment.
+            name, experiment, seeds: the experiment.
             examples: a quick look, with likelihoods on this many test examples, in a table that no report reads.
 
         Returns:
             The table's path.
         """
-        experiment, seeds = self._seeds(name)
         require_writable(
             self.workspace.evaluation(name), self.workspace.measured(name), self.workspace.features(experiment.dataset)
         )
         if not self.workspace.prepared(experiment.dataset).exists():
             self.fetch(name)  # published files can be measured right after a clone
         kept = {AGGREGATE, *(f"{prior}+{sampler}" for prior, sampler in seeds[0].draws())}
-        for path in _unnamed(self.workspace.measured(name), [kept, {f"seed-{seed}" for seed in experiment.seeds}]):
+        for path in unnamed(self.workspace.measured(name), [kept, {f"seed-{seed}" for seed in experiment.seeds}]):
             shutil.rmtree(path)  # features of what is gone, to be had again
         tasks = evaluation.tasks(seeds, examples, self.machine.shares)
         found = self._run("evaluate", name, tasks, examples=examples)[-len(seeds) :]
@@ -316,9 +317,17 @@ class Pipeline:
         folder = self.workspace.reports / "figures"
         require_writable(self.workspace.reports, self.workspace.reports / "pages", folder)
         tables = published.load(self.workspace.tables)
-        table = report.gather(self.workspace, config, judged)
+        gathered = report.gather(self.workspace, config, judged)
+        named = gathered.experiment.isin(list(config.experiments))
+        table, kept_rows = gathered[named], gathered[~named]
+        if len(kept_rows):
+            print(
+                f"note: {self.workspace.results} keeps {len(kept_rows)} rows of {', '.join(kept_rows.experiment.unique())}, "
+                "which params.yaml does not name, and nothing else shows them; delete them there if they are of no use",
+                file=sys.stderr,
+            )
         verdicts = self._judge(config, judged, table)
-        written = report.write(self.workspace, table, verdicts)
+        written = report.write(self.workspace, table, kept_rows, verdicts)
         bases = [name for name, experiment in config.experiments.items() if experiment.trained_in is None]
         frame = results.over_seeds(table)
         written += figures.of_results(frame, folder, bases)
@@ -333,7 +342,7 @@ class Pipeline:
 
     def verdicts(self) -> list[claims.Verdict]:
         """The papers' claims held against the results table, its rows against params.yaml and the code."""
-        config, table = self.config, results.read(self.workspace.results, "priorhole report")
+        config, table = self.config, results.read_all(self.workspace.results)
         return self._judge(config, claims.load(self.workspace.targets), table)
 
     @staticmethod
@@ -344,49 +353,6 @@ class Pipeline:
     def _stale(config: Config) -> claims.Stale:
         """What has changed since rows were measured."""
         return partial(results.stale_rows, expected=fingerprints.expected(config))
-
-
-def _prune(workspace: Workspace, folder: Path, levels: Sequence[Collection[str]]) -> None:
-    """Move aside what belongs to priors, samplers or seeds that the experiment no longer has, and say so in one line.
-
-    It can be days of work that a slip of the pen in params.yaml gave up, so nothing of it is deleted here.
-
-    Args:
-        workspace: which knows where to (:meth:`Workspace.removed`).
-        folder: a stage's output.
-        levels: the names that stay: those in ``folder``, then those in each folder in it, and so on.
-    """
-    moves = []
-    for path in _unnamed(folder, levels):
-        if path.is_file() and path.suffix == ".tmp":  # half-written by a process that was killed: of no use to anyone
-            path.unlink()
-            continue
-        aside = workspace.removed(path)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(aside):
-            numbers = (number for number in itertools.count(1) if not os.path.lexists(f"{aside}.{number}"))
-            aside.rename(f"{aside}.{next(numbers)}")
-        shutil.move(path, aside)
-        moves.append((aside.relative_to(workspace.root), path.relative_to(workspace.root)))
-    if moves:
-        gone, place = ", ".join(str(path) for _, path in moves), workspace.removed(folder).relative_to(workspace.root)
-        back = " && ".join(shlex.join(["mv", str(aside), str(path)]) for aside, path in moves)
-        print(
-            f"warning: params.yaml does not name {gone} any more: moved to {place}, which can be deleted; "
-            f"to take them back, name them again and, before the stage runs: {back}",
-            file=sys.stderr,
-        )
-
-
-def _unnamed(folder: Path, levels: Sequence[Collection[str]]) -> Iterator[Path]:
-    """What lies in ``folder`` and is not named; ``levels`` as for :func:`_prune`."""
-    for path in sorted(folder.iterdir()) if folder.exists() else ():
-        # A file belongs to the name before its suffixes, as seed-0.partial.safetensors does; a folder's name may have dots.
-        name = path.name if path.is_dir() else path.name.split(".")[0]
-        if name not in levels[0]:
-            yield path
-        elif path.is_dir() and len(levels) > 1:
-            yield from _unnamed(path, levels[1:])
 
 
 def _watched(stage: str, progress: Path, recipe: Recipe, **arguments: Any) -> tracking.Watched:

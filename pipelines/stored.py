@@ -72,7 +72,7 @@ class Stored:
     def vae(self) -> HierarchicalVAE:
         """The trained VAE, frozen, in eval mode."""
         path = self._vae_path
-        tensors = checkpoints.load_verified(path, self.identities.vae(), self._made_by("train-vae"))[0]
+        tensors = checkpoints.load_verified(path, self.identities.vae(), self._made_by("train-vae", path))[0]
         model = self.new_vae()
         checkpoints.restore(model, tensors, path)
         return model.to(hardware.device()).eval().requires_grad_(False)
@@ -80,7 +80,23 @@ class Stored:
     @cached_property
     def vae_document(self) -> Document:
         """The trained VAE's metadata, of which the contents are not read."""
-        return self._described(self._vae_path, self.identities.vae(), "the VAE", "train-vae")
+        path = self._vae_path
+        return self._described(path, self.identities.vae(), "the VAE", "train-vae", self._made_by("train-vae", path))
+
+    def shares_vae(self) -> bool:
+        """Whether the VAE of the experiment that this one is trained in serves it, and none of its own is there."""
+        path = self._vae_path
+        return (
+            self._is_shared(path) and self.identities.vae().difference(checkpoints.load_document(path, "")["config"]) is None
+        )
+
+    def shares_group(self, prior: str, k: int) -> bool:
+        """The same of a learned group."""
+        path, identity = self._prior_file(prior, k)
+        return self._is_shared(path) and identity.difference(checkpoints.load_document(path, "")["config"]) is None
+
+    def _is_shared(self, path: Path) -> bool:
+        return path.exists() and self.recipe.owner(path) != self.recipe.name
 
     def new_group(self, prior: str, k: int) -> GroupPrior:
         """One group of a prior before training, on the model's device."""
@@ -92,7 +108,7 @@ class Stored:
         if (prior, k) not in self._groups:
             path, identity = self._prior_file(prior, k)
             self.prior_document(prior, k)
-            tensors = checkpoints.load_verified(path, identity, self._made_by("train-prior"))[0]
+            tensors = checkpoints.load_verified(path, identity, self._made_by("train-prior", path, prior))[0]
             group = self.new_group(prior, k)
             checkpoints.restore(group, tensors, path)
             self._groups[prior, k] = folded(group.eval().requires_grad_(False))
@@ -101,13 +117,15 @@ class Stored:
     def _prior_file(self, prior: str, k: int) -> tuple[Path, Identity]:
         path = self.recipe.trained_file(self.recipe.workspace.prior(self.recipe.name, prior, self.recipe.seed, k))
         own = self.recipe.is_own(path)
-        stored = None if own else checkpoints.load_document(path, self._made_by("train-prior"))["config"]
+        stored = None if own else checkpoints.load_document(path, self._made_by("train-prior", path, prior))["config"]
         return path, self.identities.group(prior, k, stored)
 
     def prior_document(self, prior: str, k: int) -> Document:
         """The metadata of one learned group, of which the contents are not read."""
         if (prior, k) not in self._documents:
-            self._documents[prior, k] = self._described(*self._prior_file(prior, k), f"the prior {prior}", "train-prior")
+            path, identity = self._prior_file(prior, k)
+            made_by = self._made_by("train-prior", path, prior)
+            self._documents[prior, k] = self._described(path, identity, f"the prior {prior}", "train-prior", made_by)
         return self._documents[prior, k]
 
     def base_of(self, prior: str) -> Prior:
@@ -157,13 +175,16 @@ class Stored:
             sources["samples"] = "+".join(sorted({file.document["source"] for file in self.samples(prior, sampler).files}))
         return sources
 
-    def _made_by(self, stage: str) -> str:
-        return f"priorhole {stage} {self.recipe.name}"
+    def _made_by(self, stage: str, path: Path, prior: str | None = None) -> str:
+        """The command that makes a trained file; what is missing is made where the experiment says that it is trained."""
+        other = self.recipe.experiment.trained_in
+        elsewhere = other is not None and (prior is None or prior in self.recipe.config.experiment(other).priors)
+        return f"priorhole {stage} {other if elsewhere and not path.exists() else self.recipe.name}"
 
-    def _described(self, path: Path, identity: Identity, what: str, stage: str) -> Document:
+    def _described(self, path: Path, identity: Identity, what: str, stage: str, made_by: str) -> Document:
         """The metadata of a file of this identity; a line on stderr says if earlier code made it."""
-        document = checkpoints.load_document(path, self._made_by(stage))
-        checkpoints.require_configuration(path, document, identity, self._made_by(stage))
+        document = checkpoints.load_document(path, made_by)
+        checkpoints.require_configuration(path, document, identity, made_by)
         self._note_earlier_code(path, document, identity, what, stage)
         return document
 

@@ -13,6 +13,7 @@ from models.protocol import Tempered
 from models.trainer import train_vae
 from pipelines.importing import imported
 from pipelines.recipe import Recipe
+from pipelines.removed import keep_outdated
 from pipelines.samples import chain_states, latent_rows, require_finite, rows_per_file, to_store
 from pipelines.stored import Stored
 from pipelines.workspace import Workspace
@@ -20,7 +21,7 @@ from priors.registry import SAMPLERS
 from priors.sampling import draw, readjusted
 from priors.trainer import Slot, learn
 from runtime import hardware, parallel, processes, rowfiles
-from runtime.blocks import Rows
+from runtime.blocks import Rows, partial_path
 from runtime.files import exclusive
 from runtime.progress import Report
 
@@ -40,15 +41,21 @@ def vae_task(report: Report, recipe: Recipe) -> dict[str, Any]:
     writes = parallel.rank() == 0
     with exclusive(workspace.locks, f"{name}/vae/seed-{seed}") if writes else nullcontext():
         path, options = workspace.vae(name, seed), recipe.experiment.train
-        if imported(path):  # by whatever code: nothing here could make it anew
+        if imported(path) or stored.shares_vae():  # by whatever code: nothing here could make it anew, or is asked to
             return stored.vae_document
+        if writes:
+            keep_outdated(workspace, dict.fromkeys((path, partial_path(path)), stored.identities.vae()))
+        parallel.wait_for_all()  # whoever reads first would delete what is outdated
         model = stored.new_vae().to(hardware.device())
         return train_vae(model, stored.dataset, options, path, stored.identities.vae(), report)
 
 
 def prior_task(report: Report, recipe: Recipe, prior: str, groups: Sequence[int]) -> None:
-    """Stage 2 for one seed and a shard of the groups of one prior."""
+    """Stage 2 for one seed and a shard of the groups of one prior, but for those that another experiment shares."""
     workspace, name, seed, stored = recipe.workspace, recipe.name, recipe.seed, Stored(recipe)
+    groups = [k for k in groups if not stored.shares_group(prior, k)]
+    if not groups:
+        return
     with ExitStack() as locks:
         for k in groups:
             locks.enter_context(exclusive(workspace.locks, f"{name}/{prior}/seed-{seed}/k{k:02d}"))
@@ -56,6 +63,7 @@ def prior_task(report: Report, recipe: Recipe, prior: str, groups: Sequence[int]
             Slot(k, stored.new_group(prior, k), workspace.prior(name, prior, seed, k), stored.identities.group(prior, k))
             for k in groups
         ]
+        keep_outdated(workspace, {path: slot.identity for slot in slots for path in (slot.path, partial_path(slot.path))})
         learn(stored.base_of(prior), slots, stored.dataset, report)
 
 
@@ -107,6 +115,7 @@ def sample_task(
 
         folder, identity = workspace.samples(name, prior, sampler, seed), stored.samples_identity(prior, sampler)
         per_file = rows_per_file(settings.rows_per_file, settings.batch)
+        keep_outdated(workspace, dict.fromkeys(rowfiles.within(folder, rows), identity))
         rowfiles.fill(folder, identity, settings.images, per_file, settings.batch, compute, report, rows)
     return drawn_task(report, recipe, prior, sampler) if part is None else {}
 

@@ -1,9 +1,11 @@
 """Files that are whole or absent: temporary name, fsync, rename."""
 
 import errno
+import glob
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +20,10 @@ os.umask(_MASK)
 _MODE = 0o666 & ~_MASK
 
 
+ABANDONED_SECONDS = 3600.0
+"""No write stands still for so long."""
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is fsynced and renamed over ``path``.
@@ -29,6 +35,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(path)
             yield temporary
             with open(temporary, "rb+") as handle:
                 os.fchmod(handle.fileno(), _MODE)  # safetensors makes its files private, which a shared folder is not
@@ -37,6 +44,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # a read-only file system refuses even to remove what is not there
             temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """What writers of ``path`` that were killed left half-written, here or on a machine that shares the folder."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        remove_if_abandoned(left)
+
+
+def remove_if_abandoned(temporary: Path) -> None:
+    """Remove a file of :func:`atomic_path` whose writer was killed; one that is being written stays."""
+    with suppress(OSError):  # its writer has just finished, or it is another user's
+        if time.time() - temporary.stat().st_mtime > ABANDONED_SECONDS:
+            temporary.unlink()
 
 
 @contextmanager

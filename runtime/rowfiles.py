@@ -85,11 +85,12 @@ def fill(
         UserError: the disk is full or not writable, or the work was begun in another precision.
     """
     files, wanted = [], range(total) if part is None else part
+    replaced = within(folder, part)
     for path in sorted(folder.glob("*.safetensors")):
         current = _current(path, identity)
         if current is not None:
             files.append(current)
-        elif part is None or ((name := _NAME.fullmatch(path.name)) and int(name[1]) in part):
+        elif path in replaced:
             path.unlink(missing_ok=True)
     inside = (range(max(gap.start, wanted.start), min(gap.stop, wanted.stop)) for gap in gaps(files, total))
     missing = [gap for gap in inside if len(gap)]
@@ -109,6 +110,12 @@ def fill(
             path = folder / f"rows-{rows.start:08d}-{rows.stop:08d}.safetensors"
             checkpoints.save(path, _joined(parts), identity, rows=len(rows))
             first = rows.stop
+
+
+def within(folder: Path, part: range | None) -> list[Path]:
+    """The files of a folder that begin within a part of its rows; all, also what is named otherwise, if it is absent."""
+    paths = sorted(folder.glob("*.safetensors"))
+    return [path for path in paths if part is None or ((name := _NAME.fullmatch(path.name)) and int(name[1]) in part)]
 
 
 def _current(path: Path, identity: Identity) -> RowFile | None:

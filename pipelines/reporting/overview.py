@@ -114,12 +114,10 @@ def listed(found: Sequence[Overview]) -> Table:
 
 def measured(workspace: Workspace, name: str) -> pd.DataFrame:
     """An experiment's results over seeds, those measured here before those of results.csv; empty if there are none."""
-    for path, made_by in (
-        (workspace.evaluation(name) / "results.csv", f"priorhole evaluate {name}"),
-        (workspace.results, "priorhole report"),
-    ):
+    here = workspace.evaluation(name) / "results.csv"
+    for path in (here, workspace.results):
         if path.exists():
-            table = results.read(path, made_by)
+            table = results.read(path, f"priorhole evaluate {name}") if path == here else results.read_all(path)
             own = table[table.experiment == name]
             if len(own):
                 return results.over_seeds(own)

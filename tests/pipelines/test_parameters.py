@@ -365,6 +365,19 @@ FATAL = {
     "a rate that is no number": ((*FLAT, "priors", "ncp", "learning_rate"), float("nan"), "finite"),
     "trained in itself": ((*FLAT, "trained_in"), "flat", "the experiment itself"),
 }
+
+
+def test_an_experiment_is_trained_in_one_that_trains_its_own():
+    """Further ones would not be looked at, and of a circle none trains anything."""
+    params = tiny()
+    params["experiments"] |= {name: params["experiments"]["flat"] | {"trained_in": "deep"} for name in ("other", "another")}
+    validate(params)
+    params["experiments"]["another"]["trained_in"] = "other"
+    assert "experiments.another.trained_in: other is itself trained in deep; name that one" in said_of(params)
+    params["experiments"]["other"]["trained_in"] = "another"
+    assert "is itself trained in" in said_of(params)
+
+
 UNBUILDABLE = {
     "a group that the model has not": ((*DEEP, "priors", "evalp", "groups"), [0, 3], "priors.evalp.groups: 3 is too many"),
     "a mixture of more latents than codes": (

@@ -341,6 +341,24 @@ def test_results_of_experiments_not_evaluated_here_are_kept(done):
     assert not (merged[merged.experiment == "flat"].value == 1.5).all()
 
 
+def test_results_of_experiments_that_params_does_not_name_are_kept_and_not_shown(done, capsys):
+    """They may be of days on another machine, and a name be misspelt or in another branch."""
+    params = tiny()
+    params["experiments"]["depth"] = params["experiments"].pop("deep")
+    params["run"] = ["flat"]
+    write_params(done, params)
+    before = results.read(done / "reports" / "results.csv", "")
+    for _ in range(2):
+        Pipeline(done).report()
+        after = results.read(done / "reports" / "results.csv", "")
+        deep = [table[table.experiment == "deep"].reset_index(drop=True) for table in (before, after)]
+        assert deep[0].equals(deep[1])
+        count = len(deep[0])
+        assert f"results.csv keeps {count} rows of deep, which params.yaml does not name" in capsys.readouterr().err
+    assert "## deep" not in (done / "reports" / "results.md").read_text()
+    Pipeline(done).verdicts()
+
+
 def test_a_killed_worker_is_one_line_and_its_neighbours_finish(checkout):
     from pipelines.fanout import Task, run
 
@@ -475,6 +493,32 @@ def test_what_is_trained_in_one_experiment_can_serve_another(done):
     changed = Stored(Recipe(params, "other", 0, done))
     ess = [stored.samples("ncp", "sir-20").diagnostic("ess/k00") for stored in (first, changed)]
     assert not torch.equal(*ess)
+
+
+def test_what_another_experiment_shares_is_not_trained_again(done):
+    params = tiny()
+    flat = params["experiments"]["flat"]
+    own = {name: flat["priors"][name] for name in ("normal", "ncp")}
+    own["gmm3"] = flat["priors"]["gmm"] | {"components": 3}
+    own["ncp-gmm3"] = flat["priors"]["ncp-gmm"] | {"base": "gmm3"}
+    params["experiments"]["other"] = flat | {"trained_in": "flat", "priors": own}
+    write_params(done, params)
+    pipeline, made = Pipeline(done), done / "artifacts" / "other"
+    pipeline.fetch("other")
+    pipeline.train_vae("other")
+    pipeline.train_prior("other")
+    assert not list((made / "vae").glob("*.safetensors"))
+    assert {path.parts[-3] for path in made.rglob("*.safetensors")} == {"gmm3", "ncp-gmm3"}
+    pipeline.sample("other")
+    # Where nothing is there, the experiment that it is trained in is the one to run, but for what that one does not have.
+    shutil.rmtree(done / "artifacts")
+    with pytest.raises(UserError, match=r"is missing; make it with: priorhole train-vae flat$"):
+        pipeline.train_prior("other")
+    pipeline.train_vae("flat")
+    with pytest.raises(UserError, match=r"is missing; make it with: priorhole train-prior flat$"):
+        Stored(Recipe(params, "other", 0, done)).prior_document("ncp", 0)
+    with pytest.raises(UserError, match=r"is missing; make it with: priorhole train-prior other$"):
+        Stored(Recipe(params, "other", 0, done)).prior_document("gmm3", 0)
 
 
 def test_one_vae_can_serve_every_seed(checkout):

@@ -1,6 +1,8 @@
 """What params.yaml no longer names is moved aside, wherever it lies, and can be taken back."""
 
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,8 +10,11 @@ import pytest
 import yaml
 from tiny import tiny, write_params
 
+from pipelines import identities
+from pipelines.fanout import Machine
 from pipelines.stages import Pipeline
 from runtime.errors import UserError
+from runtime.files import exclusive
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +48,8 @@ def write(checkout, files, content="first"):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
 def one_seed(flat):
@@ -145,10 +151,15 @@ def test_nothing_moved_aside_before_is_lost(checkout, stage, name, file, moved):
     }
 
 
-def test_a_file_that_was_never_whole_is_deleted(checkout, stage, capsys):
+def test_a_file_that_was_never_whole_is_deleted_once_nobody_writes_it(checkout, stage, capsys):
     write(checkout, ["vae/.seed-0.safetensors.123.tmp"])
+    (half,) = (checkout / "artifacts" / "flat" / "vae").iterdir()
     stage("train_vae")
-    assert contents(checkout / "artifacts") == {}
+    assert half.exists()  # another process may be at it
+    os.utime(half, (0, 0))
+    stage("train_vae")
+    assert not half.exists()
+    assert not (checkout / "artifacts" / ".removed").exists()
     assert capsys.readouterr().err == ""
 
 
@@ -159,3 +170,56 @@ def test_dvc_does_not_see_what_is_moved_aside():
         for output in stage.get("do", stage).get("outs", []):
             name = output if isinstance(output, str) else next(iter(output))
             assert not Path("artifacts/.removed").is_relative_to(name)
+
+
+def slip(settings, *keys):
+    """Another number under those keys."""
+    for key in keys[:-1]:
+        settings = settings[key]
+    settings[keys[-1]] *= 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "files"),
+    [
+        ("train_vae", ("train", "steps"), "vae/*"),
+        ("train_prior", ("priors", "ncp", "steps"), "priors/ncp/*/*"),
+        ("sample", ("samplers", "sir-20", "proposals"), "samples/*+sir-20/*/*"),
+    ],
+)
+def test_what_an_edited_setting_would_write_anew_is_kept_and_can_be_taken_back(done, capsys, stage, keys, files):
+    params = tiny()
+    slip(params["experiments"]["flat"], *keys)
+    made, kept = done / "artifacts" / "flat", done / "artifacts" / ".removed" / "flat"
+    before = {path.relative_to(made): path.read_bytes() for path in made.glob(files)}
+    unfinished = next(made.glob(files)).with_suffix(".partial.safetensors")
+    if stage != "sample":  # which keeps no unfinished file
+        shutil.copy(next(made.glob(files)), unfinished)
+        before[unfinished.relative_to(made)] = unfinished.read_bytes()
+    write_params(done, params)
+    getattr(Pipeline(done, Machine(workers=1)), stage)("flat")
+    assert {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
+    said = capsys.readouterr().err
+    assert f"{keys[-1]} is " in said
+    back = re.findall(r"before the stage runs: (.*)", said)
+    subprocess.run(" && ".join(back), shell=True, cwd=done, check=True)
+    assert before.items() <= {path.relative_to(made): path.read_bytes() for path in made.glob(files)}.items()
+    write_params(done, tiny())
+    getattr(Pipeline(done, Machine(workers=1)), stage)("flat")
+    assert not [path for path in kept.rglob("*") if path.is_file() and path.suffix == ".safetensors"]
+
+
+def test_what_other_code_made_is_kept_when_it_is_made_anew(done, capsys, monkeypatch):
+    monkeypatch.setattr(identities, "vae_source", lambda _: "of other code")
+    Pipeline(done, Machine(workers=1)).train_vae("flat")
+    assert len(list((done / "artifacts" / ".removed" / "flat" / "vae").iterdir())) == 2
+    assert "is of other code: moved to artifacts/.removed/flat/vae" in capsys.readouterr().err
+
+
+def test_one_process_at_a_time_runs_a_stage(done):
+    """A second one by mistake would clear away what the first is writing."""
+    with exclusive(done / "artifacts" / ".locks", "flat/train-vae"):
+        files = sorted((done / "artifacts").rglob("*"))
+        with pytest.raises(UserError, match="flat/train-vae is being written by another process"):
+            Pipeline(done).train_vae("flat")
+    assert sorted((done / "artifacts").rglob("*")) == files

@@ -143,6 +143,19 @@ def test_a_row_of_an_unknown_metric_cannot_be_made(name):
         row(metric=name)
 
 
+def test_a_table_with_a_number_twice_is_one_line_that_names_it(tmp_path):
+    """As two branches leave it that measured the same: seeds would count double, and intervals be too narrow."""
+    path = tmp_path / "results.csv"
+    results.write(path, table({}, {"seed": 1}, {"seed": 1, "value": 0.5}))
+    with pytest.raises(
+        UserError,
+        match=r"has loglik-plugin of gaussians25, ncp, seed 1 twice \(line 4\), .*git checkout .*; priorhole report",
+    ):
+        results.read_all(path)
+    with pytest.raises(UserError, match="is missing; make it with: priorhole report"):
+        results.read_all(tmp_path / "none.csv")
+
+
 @pytest.mark.parametrize("cell", ["", "about a half"])
 def test_a_number_that_is_none_is_one_line(tmp_path, cell):
     path = tmp_path / "results.csv"
