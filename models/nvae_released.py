@@ -5,7 +5,6 @@ The file is ``torch.save`` of a dict with, among others, ``state_dict`` and ``ar
 
 import argparse
 import hashlib
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -85,8 +84,11 @@ def read(path: Path) -> Released:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a checkpoint of tensors and flags ({first_line(error)})") from error
+    except Exception as error:  # whatever torch's reader stumbles over, in a file that is cut short most of all
+        raise UserError(
+            f"{path} cannot be read as a checkpoint of tensors and flags ({type(error).__name__}: {first_line(error)}); if "
+            "it was downloaded, compare its size with the original's"
+        ) from error
     state, arguments = (found.get(key) if isinstance(found, dict) else None for key in ("state_dict", "args"))
     if not isinstance(state, Mapping) or not isinstance(arguments, argparse.Namespace):
         raise UserError(f"{path} has no state_dict and args, so NVAE's training script did not write it")
@@ -94,6 +96,10 @@ def read(path: Path) -> Released:
     absent = [flag for flag in REQUIRED if flag not in given]
     if absent:
         raise UserError(f"{path}: args lack {', '.join(absent)}, so NVAE's training script did not write it")
+    counts = [key for key in (*REQUIRED, *DEFAULTS) if key.startswith("num_") and key in given]
+    odd = next((key for key in counts if not isinstance(given[key], int) or isinstance(given[key], bool)), None)
+    if odd is not None:
+        raise UserError(f"{path}: {odd} in args is {given[odd]!r}, not a whole number")
     wrong = [name for name, tensor in state.items() if not isinstance(tensor, Tensor)]
     if wrong:
         raise UserError(f"{path}: {wrong[0]} in its state_dict is no tensor")

@@ -131,11 +131,28 @@ def _try(method: type[GroupPrior], options: GroupPrior.Options, group: Group) ->
 
 def _step(prior: GroupPrior, options: GroupPrior.Options, group: Group, device: str) -> None:
     _refuse_too_many(prior)
+    if not prior.exact:
+        _require_one_number_each(prior, group, device)
     if isinstance(prior, TrainedPrior) and isinstance(options, TrainedPrior.Options):
         z, context = (torch.zeros(options.batch, *shape, device=device) for shape in (group.latent, group.context))
         below = DiagonalNormal(torch.zeros_like(z), torch.ones_like(z))
         pair = Pair(z, z, context, below, torch.zeros_like(z), torch.zeros(options.batch, device=device))
         prior.train().loss(pair, 0)
+
+
+def _require_one_number_each(prior: GroupPrior, group: Group, device: str) -> None:
+    """Raises UserError unless log r has the shape that samplers and likelihoods ask for: (*lead, batch)."""
+    z, context = torch.zeros(2, 3, *group.latent, device=device), torch.zeros(3, *group.context, device=device)
+    prior.eval()
+    for name, found in (
+        ("log_ratio", prior.log_ratio(z, context)),
+        ("prepared_log_ratio", prior.prepared_log_ratio(z, prior.prepare(context))),
+    ):
+        if found.shape != (2, 3):
+            raise UserError(
+                f"{name} of {type(prior).__name__}, given z of the shape {tuple(z.shape)}, returns {tuple(found.shape)}: "
+                "it has to be one number for each z, (2, 3)"
+            )
 
 
 def _refuse_too_many(network: torch.nn.Module) -> None:

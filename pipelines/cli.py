@@ -77,8 +77,9 @@ Gpus = Annotated[
 def _pipeline(threads: int = 1, workers: int = 0, shards: int = 1, gpus: float = 0.0, processes: int = 1):
     from pipelines.fanout import Machine
     from pipelines.stages import Pipeline
+    from runtime.processes import cores
 
-    workers = workers or max(1, (os.cpu_count() or 1) // threads)
+    workers = workers or max(1, cores() // threads)
     return Pipeline(Path.cwd(), Machine(threads, workers, shards, processes, gpus, ray=bool(os.environ.get("RAY_ADDRESS"))))
 
 

@@ -118,6 +118,12 @@ def run(tasks: Sequence[Task], machine: Machine, folder: Path) -> list[Any]:
         return _in_processes(calls, machine.workers, places)
 
 
+def at_once(machine: Machine) -> int:
+    """How many tasks run side by side on a machine; of a cluster the workers asked for. Raises UserError as :func:`run`."""
+    places = [] if machine.on_ray else _places(hardware.gpus(), machine)
+    return min(machine.workers, len(places)) if places else machine.workers
+
+
 def _places(present: Sequence[str], machine: Machine) -> list[str]:
     """What each worker of this machine is to see of its GPUs: whole ones of its own, or its part of one.
 

@@ -34,10 +34,11 @@ def import_nvae(recipe: Recipe, checkpoint: Path) -> Path:
     experiment, workspace, name, seed = recipe.experiment, recipe.workspace, recipe.name, recipe.vae_seed
     if experiment.model.name != "nvae":
         raise UserError(f"{name} has a model of the kind {experiment.model.name}; weights of an nvae do not fit it")
+    stored, path = Stored(recipe), workspace.vae(name, seed)
+    stored.require_dataset()  # a checkpoint can take minutes to read
     released, shown = nvae_released.read(checkpoint), experiment.shown
     shape, bits = spec(experiment.dataset).shape, 8 if shown is None else shown.bits
     nvae_released.require_flags(released, experiment.model, shape, bits)
-    stored, path = Stored(recipe), workspace.vae(name, seed)
     with exclusive(workspace.locks, f"{name}/vae/seed-{seed}"):
         if path.exists() and imported(path).get("sha256") != released.sha256:
             raise UserError(f"{path} is there already and not from {checkpoint}; move it away to import this one")

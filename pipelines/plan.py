@@ -35,7 +35,7 @@ from models.protocol import HierarchicalVAE
 from models.trainer import evidence, train_vae
 from pipelines import results
 from pipelines.blueprint import Shapes
-from pipelines.fanout import Machine
+from pipelines.fanout import Machine, at_once
 from pipelines.recipe import Recipe
 from pipelines.samples import latent_rows, rows_per_file
 from pipelines.stored import Stored
@@ -224,13 +224,13 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
     hardware.keep_freed_memory()
     measuring = _Measuring(recipe, machine)
     stages = [measuring.fetch(), measuring.train_vae(), measuring.train_prior(), measuring.sample(), measuring.evaluate()]
-    starting = _starting()
+    starting, workers = _starting(), at_once(machine)
     for stage in stages:
         # The command itself, and its workers, which import the same.
-        stage.seconds += starting * (1 + (min(machine.workers, stage.tasks) if machine.workers > 1 else 0))
+        stage.seconds += starting * (1 + (min(workers, stage.tasks) if workers > 1 else 0))
     kind = hardware.device().type
     unit = "GPU" if kind != "cpu" else "CPU"
-    return Plan(recipe.name, hardware.device_name(), machine.workers, measuring.missing, stages, unit)
+    return Plan(recipe.name, hardware.device_name(), workers, measuring.missing, stages, unit)
 
 
 def _starting() -> float:

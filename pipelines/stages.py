@@ -224,7 +224,8 @@ class Pipeline:
     def publish(self, name: str) -> list[Path]:
         """Write small copies of an experiment's trained files, to be kept under version control. Returns their paths.
 
-        What is published already and was not trained here stays as it is. Raises UserError for a file that is neither.
+        What is published already and was not trained here stays as it is. Raises UserError for a file that is neither,
+        and for a prior that was learned on another VAE.
         """
         experiment, seeds = self._seeds(name)
         require_writable(self.workspace.published(self.workspace.artifacts(name)))
@@ -238,6 +239,15 @@ class Pipeline:
         for path, stage in made_by.items():
             if not path.exists() and not self.workspace.published(path).exists():
                 raise UserError(f"{path} is missing; make it with: priorhole {stage} {name}")
+        for recipe in seeds:
+            vae, stage = Stored(recipe).vae_document, f"priorhole train-prior {name}"
+            for prior, k in itertools.product(experiment.priors, range(groups)):
+                path = recipe.trained_file(self.workspace.prior(name, prior, recipe.seed, k))
+                learned_on = checkpoints.load_document(path, stage)["config"]["vae digest"]
+                if learned_on not in (vae["digest"], vae.get("original")):
+                    raise UserError(
+                        f"{path} was learned on another VAE than seed {recipe.vae_seed}'s; make it anew with: {stage}"
+                    )
         for path in filter(Path.exists, made_by):
             checkpoints.publish(path, self.workspace.published(path))
         return sorted(map(self.workspace.published, made_by))
@@ -275,7 +285,8 @@ class Pipeline:
     def verify(self, name: str) -> tuple[int, int]:
         """Read everything that is kept of an experiment, and hold it against the digests of when it was written.
 
-        Stages verify what they read; samples and data sets, which can be large, as far as they read them.
+        Published copies are among it. Stages verify what they read; samples and data sets, which can be large, as far
+        as they read them.
 
         Returns:
             How many files and folders are as they were written, and their bytes.
@@ -291,6 +302,10 @@ class Pipeline:
         known = {"vae": "train-vae", "priors": "train-prior", "samples": "sample"}
         checks: list[tuple[Path, Callable[..., int], str]] = [
             (path, arrays.verify, f"priorhole fetch {name}") for path in folders if path.exists()
+        ]
+        checks += [
+            (path, checkpoints.verify, f"git checkout {path}")
+            for path in sorted(self.workspace.published(self.workspace.artifacts(name)).rglob("*.safetensors"))
         ]
         for path in sorted(path for path in files if not path.name.startswith(".")):
             inside = path.relative_to(self.root).parts

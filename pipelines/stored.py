@@ -40,8 +40,15 @@ class Stored:
     @cached_property
     def dataset(self) -> data.Dataset:
         """The prepared data set."""
+        self.require_dataset()
         name = self.recipe.experiment.dataset
         return data.load(name, self.recipe.workspace.prepared(name), self.recipe.experiment.shown)
+
+    def require_dataset(self) -> None:
+        """Raises UserError if the data set is not prepared here."""
+        folder = self.recipe.workspace.prepared(self.recipe.experiment.dataset)
+        if not folder.exists():
+            raise UserError(f"{folder} is missing; make it with: priorhole fetch {self.recipe.name}")
 
     def dataset_digest(self) -> str:
         """Of the data set here; a published VAE can do without it, and is then taken at its word."""
@@ -72,7 +79,8 @@ class Stored:
     def vae(self) -> HierarchicalVAE:
         """The trained VAE, frozen, in eval mode."""
         path = self._vae_path
-        tensors = checkpoints.load_verified(path, self.identities.vae(), self._made_by("train-vae", path))[0]
+        assert self.vae_document  # of this configuration
+        tensors = checkpoints.load(path, self._had_again_by(path, self._made_by("train-vae", path)))[0]
         model = self.new_vae()
         checkpoints.restore(model, tensors, path)
         return model.to(hardware.device()).eval().requires_grad_(False)
@@ -106,9 +114,9 @@ class Stored:
 
     def _group(self, prior: str, k: int) -> GroupPrior:
         if (prior, k) not in self._groups:
-            path, identity = self._prior_file(prior, k)
-            self.prior_document(prior, k)
-            tensors = checkpoints.load_verified(path, identity, self._made_by("train-prior", path, prior))[0]
+            path = self._prior_file(prior, k)[0]
+            assert self.prior_document(prior, k)  # of this configuration
+            tensors = checkpoints.load(path, self._had_again_by(path, self._made_by("train-prior", path, prior)))[0]
             group = self.new_group(prior, k)
             checkpoints.restore(group, tensors, path)
             self._groups[prior, k] = folded(group.eval().requires_grad_(False))
@@ -117,7 +125,8 @@ class Stored:
     def _prior_file(self, prior: str, k: int) -> tuple[Path, Identity]:
         path = self.recipe.trained_file(self.recipe.workspace.prior(self.recipe.name, prior, self.recipe.seed, k))
         own = self.recipe.is_own(path)
-        stored = None if own else checkpoints.load_document(path, self._made_by("train-prior", path, prior))["config"]
+        made_by = self._had_again_by(path, self._made_by("train-prior", path, prior))
+        stored = None if own else checkpoints.load_document(path, made_by)["config"]
         return path, self.identities.group(prior, k, stored)
 
     def prior_document(self, prior: str, k: int) -> Document:
@@ -181,9 +190,15 @@ class Stored:
         elsewhere = other is not None and (prior is None or prior in self.recipe.config.experiment(other).priors)
         return f"priorhole {stage} {other if elsewhere and not path.exists() else self.recipe.name}"
 
+    def _had_again_by(self, path: Path, made_by: str) -> str:
+        """The command that brings back a broken file: a published one is under version control."""
+        workspace = self.recipe.workspace
+        published = path.is_relative_to(workspace.published(workspace.artifacts(self.recipe.name)).parent)
+        return f"git checkout {path}" if published else made_by
+
     def _described(self, path: Path, identity: Identity, what: str, stage: str, made_by: str) -> Document:
         """The metadata of a file of this identity; a line on stderr says if earlier code made it."""
-        document = checkpoints.load_document(path, made_by)
+        document = checkpoints.load_document(path, self._had_again_by(path, made_by))
         checkpoints.require_configuration(path, document, identity, made_by)
         self._note_earlier_code(path, document, identity, what, stage)
         return document

@@ -14,6 +14,13 @@ OF_ONE_RUN = False
 """Whether this process was started for one run of a stage, during which no file that was finished changes."""
 
 
+def cores() -> int:
+    """How many processor cores this process may use; a scheduler or taskset can leave it fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @contextmanager
 def pool(workers: int, gpus: Sequence[str] = ()) -> Iterator[ProcessPoolExecutor]:
     """A pool of fresh processes, which are started as calls are submitted to it.

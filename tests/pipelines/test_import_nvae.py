@@ -200,6 +200,28 @@ def test_a_file_of_another_kind_is_refused_and_nothing_in_it_is_run(content, mes
         nvae_released.read(tmp_path / "checkpoint.pt")
 
 
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.97])
+@pytest.mark.parametrize("archived", [True, False], ids=["as today", "as by early torch"])
+def test_a_file_that_is_cut_short_is_refused_in_one_line(tmp_path, share, archived):
+    path = tmp_path / "checkpoint.pt"
+    write_checkpoint(path)
+    if not archived:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match=r"cannot be read .*; if it was downloaded, compare its size") as error:
+        nvae_released.read(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["3", None, 2.0, True])
+def test_a_flag_that_is_no_number_is_named(tmp_path, value):
+    arguments = dict.fromkeys(nvae_released.REQUIRED, 1) | {"dataset": "cifar10", "num_latent_scales": value}
+    torch.save({"state_dict": {}, "args": argparse.Namespace(**arguments)}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"num_latent_scales in args is .*, not a whole number"):
+        nvae_released.read(tmp_path / "checkpoint.pt")
+
+
 def test_early_files_lack_second_names_and_both_are_read(tmp_path):
     def early(state):
         return {name: value for name, value in state.items() if not name.endswith("weight_normalized")}

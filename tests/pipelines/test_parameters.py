@@ -12,6 +12,7 @@ from tiny import tiny, tiny_beyond, write_params
 from pipelines import cli, strict_yaml
 from pipelines.config import ANY, LARGEST, NAME, Experiment, read, validate
 from pipelines.stages import Pipeline
+from priors.ncp import NoiseContrastivePrior
 from runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -414,6 +415,24 @@ def test_what_cannot_be_built_is_refused_before_any_work(checkout, monkeypatch, 
     write_params(checkout, params)
     assert what in refused(monkeypatch, capsys, stage, path[1])
     assert not (checkout / "data").exists()
+    assert not (checkout / "artifacts").exists()
+
+
+@pytest.mark.parametrize(("wrong", "shape"), [(lambda r: r[..., None], "(2, 3, 1)"), (lambda r: r.mean(0), "(3,)")])
+@pytest.mark.parametrize("method", ["log_ratio", "prepared_log_ratio"])
+def test_a_prior_whose_ratio_has_another_shape_is_refused_before_it_is_trained(
+    checkout, monkeypatch, capsys, method, wrong, shape
+):
+    """A forgotten ``squeeze``, say: its loss may well be a number, and the first sampler would break on it."""
+    right = getattr(NoiseContrastivePrior, method)
+    monkeypatch.setattr(NoiseContrastivePrior, method, lambda *given: wrong(right(*given)))
+    if method == "prepared_log_ratio":  # which log_ratio goes by
+        monkeypatch.setattr(
+            NoiseContrastivePrior, "log_ratio", lambda self, z, context: right(self, z, self.prepare(context))
+        )
+    line = refused(monkeypatch, capsys, "train-prior", "flat")
+    named = f"experiments.flat.priors.ncp: {method} of NoiseContrastivePrior, given z of the shape (2, 3, 2), "
+    assert f"{named}returns {shape}: it has to" in line
     assert not (checkout / "artifacts").exists()
 
 

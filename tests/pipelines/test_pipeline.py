@@ -408,6 +408,37 @@ def test_what_was_published_is_kept_where_it_was_not_trained(done):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_copies_of_priors_are_not_published_beside_another_vae(done):
+    """They would be refused by every stage, and what was published before be gone."""
+    pipeline = Pipeline(done)
+    before = {path: path.read_bytes() for path in pipeline.publish("flat")}
+    shutil.rmtree(done / "artifacts" / "flat")
+    params = tiny()
+    params["experiments"]["flat"]["train"]["steps"] = 41
+    write_params(done, params)
+    pipeline.train_vae("flat")
+    with pytest.raises(UserError, match=r"pretrained/flat/priors/.* was learned on another VAE than seed 0's"):
+        pipeline.publish("flat")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("damage", [slice(0, 100), slice(None, -9)])
+@pytest.mark.parametrize("kind", ["vae", "priors/ncp"])
+def test_a_broken_copy_is_had_again_from_version_control(done, kind, damage):
+    """Its stage would make another one, of which no other copy knows."""
+    pipeline = Pipeline(done)
+    pipeline.publish("flat")
+    shutil.rmtree(done / "artifacts" / "flat")
+    path = next(path for path in (done / "pretrained" / "flat" / kind).rglob("seed-0*/*" if "/" in kind else "seed-0*"))
+    path.write_bytes(path.read_bytes()[damage])
+    with pytest.raises(
+        UserError, match=f"{re.escape(str(path))} is corrupt.* and run: git checkout {re.escape(str(path))}$"
+    ):
+        pipeline.sample("flat")
+    with pytest.raises(UserError, match=f"git checkout {re.escape(str(path))}"):
+        pipeline.verify("flat")
+
+
 def test_published_copies_serve_sampling_and_measuring_right_after_a_clone(done, tmp_path_factory, monkeypatch):
     paths = Pipeline(done).publish("flat")
     assert len(paths) == 2 + 2 * 4

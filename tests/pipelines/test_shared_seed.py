@@ -12,7 +12,7 @@ from tiny import tiny, write_params
 from pipelines import evaluation, fanout
 from pipelines.fanout import Machine, Task
 from pipelines.stages import Pipeline
-from runtime import hardware
+from runtime import hardware, processes
 from runtime.errors import UserError
 
 DRAWN = ("samples", "measured", "evaluation")
@@ -98,6 +98,23 @@ def test_workers_here_have_a_gpu_each(tmp_path, monkeypatch):
 )
 def test_places_of_workers(present, gpus, places):
     assert fanout._places(present, Machine(gpus=gpus)) == places
+
+
+@pytest.mark.parametrize(
+    ("present", "gpus", "tasks"), [([], 0.0, 8), (["0"], 0.0, 1), (["0"], 0.25, 4), (["0", "1"], 0.0, 2)]
+)
+def test_as_many_tasks_are_planned_side_by_side_as_have_a_place(monkeypatch, present, gpus, tasks):
+    """Cores of a machine with one GPU do not make its work any faster."""
+    monkeypatch.setattr(hardware, "gpus", lambda: present)
+    assert fanout.at_once(Machine(workers=8, gpus=gpus)) == tasks
+
+
+def test_workers_are_of_the_cores_that_a_scheduler_left(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 7})
+    assert processes.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert processes.cores() == 2
 
 
 def test_gpus_that_this_machine_lacks_are_said_at_once(tmp_path):
