@@ -26,10 +26,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from pipelines import results
+from pipelines import results, strict_yaml
 from runtime.errors import UserError
 from runtime.options import Options
 
@@ -238,12 +237,9 @@ Document = TypeVar("Document", bound=Options)
 
 def document_of(path: Path, kind: type[Document]) -> Document:
     """A file of YAML, validated. Raises UserError with the path of the first wrong key."""
+    found = strict_yaml.read(path)
     try:
-        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        return kind.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "top level"
@@ -367,7 +363,11 @@ def _numbers_of(claim: Claim, subject: Subject, table: pd.DataFrame) -> pd.DataF
 
 def _judge(claim: Claim, table: pd.DataFrame, stale: Stale | None) -> Verdict:
     if claim.untested is not None or claim.subject is None:
-        return Verdict(claim, "untested", claim.untested or "")
+        measured = (
+            [] if claim.standing == "recalled" else [name for name in claim.experiments if (table.experiment == name).any()]
+        )
+        now = f"; {', '.join(measured)} is measured now: judging it takes a `subject` and a `criterion` in targets.yaml"
+        return Verdict(claim, "untested", (claim.untested or "") + (now if measured else ""))
     subjects = [subject for subject in (claim.subject, claim.against) if subject is not None]
     # Rows of another experiment are held against each of the claim's own.
     rows = [_numbers_of(claim, subject, table) for subject in subjects]

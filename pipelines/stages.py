@@ -214,7 +214,7 @@ class Pipeline:
         runs: dict[int, dict[str, float]] = {recipe.seed: {} for recipe in seeds}
         for (recipe, prior, sampler), found in zip(keys, shares, strict=True):
             runs[recipe.seed] |= {f"{prior}/{sampler}/ess-floor-share/{group}": share for group, share in found.items()}
-        resampling = [key for key in chosen if SAMPLERS[experiment.samplers[key[1]].method].weighs]
+        resampling = [key for key in chosen if _can_collapse(experiment.samplers[key[1]])]
         for prior, sampler in resampling:
             _warn_of_collapse(
                 prior, sampler, [share for key, share in zip(keys, shares, strict=True) if key[1:] == (prior, sampler)]
@@ -399,6 +399,11 @@ def _learning_curves(stored: Stored, experiment: Experiment, groups: int) -> dic
             document = stored.prior_document(prior, k)
             curves |= {f"{prior}/loss/k{k:02d}": document["history"], f"{prior}/train-seconds/k{k:02d}": document["seconds"]}
     return curves
+
+
+def _can_collapse(options: Any) -> bool:
+    """Whether a sampler resamples, and so many proposals that a small effective sample size says something of them."""
+    return SAMPLERS[options.method].weighs and options.proposals >= 2 * ESS_FLOOR
 
 
 def _warn_of_collapse(prior: str, sampler: str, shares: Sequence[dict[str, float]]) -> None:

@@ -243,8 +243,13 @@ def test_a_claim_without_results_is_untested_and_says_what_to_run():
         assert (judged.failed, judged.numbers) == (False, ())
 
 
-def test_a_claim_that_cannot_be_tested_says_why_whatever_the_results():
-    assert verdict(claim(untested="needs a GPU"), rows("loglik-sampler", 9.0)).text == "untested: needs a GPU"
+def test_a_claim_that_cannot_be_tested_says_why_and_what_it_takes_once_its_experiment_is_measured():
+    elsewhere, here = rows("loglik-sampler", 9.0, experiment="f"), rows("loglik-sampler", 9.0)
+    assert verdict(claim(untested="needs a GPU"), elsewhere).text == "untested: needs a GPU"
+    now = "e is measured now: judging it takes a `subject` and a `criterion` in targets.yaml"
+    assert verdict(claim(untested="needs a GPU"), here).text == f"untested: needs a GPU; {now}"
+    recalled = claim(untested="known from memory alone", standing="recalled")
+    assert verdict(recalled, here).text == "untested: known from memory alone"
 
 
 def trained(prior, plateaued):
@@ -444,6 +449,7 @@ def test_a_wrong_claim_is_one_line_with_the_path_of_its_key(tmp_path, changes, m
         ({"claims": {}}, "claims: Input should be a valid list"),
         ({}, "claims: Field required"),
         ("claims: [", "is not valid YAML"),
+        ("claims: []\nclaims: []\n", "line 2 is not valid YAML: the key 'claims' was given in line 1 already"),
         ("", "top level: Input should be a valid dictionary"),
     ],
 )
@@ -455,7 +461,7 @@ def test_a_wrong_file_is_one_line(tmp_path, document, message):
 
 def test_a_file_that_is_no_text_is_one_line(tmp_path):
     (tmp_path / "targets.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="is not valid YAML"):
+    with pytest.raises(UserError, match="is not UTF-8"):
         claims.load(tmp_path / "targets.yaml")
 
 
