@@ -266,6 +266,8 @@ class Pipeline:
         require_writable(
             self.workspace.evaluation(name), self.workspace.measured(name), self.workspace.features(experiment.dataset)
         )
+        for recipe in seeds:
+            Stored(recipe).require_vae()  # before data are fetched, and what can take a while is measured
         if not self.workspace.prepared(experiment.dataset).exists():
             self.fetch(name)  # published files can be measured right after a clone
         kept = {AGGREGATE, *(f"{prior}+{sampler}" for prior, sampler in seeds[0].draws())}

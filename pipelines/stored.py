@@ -58,6 +58,11 @@ class Stored:
         dataset = checkpoints.load(path, f"priorhole train-vae {self.recipe.name}")[1]["config"].get("dataset", {})
         return dataset.get("digest", "")
 
+    def require_vae(self) -> None:
+        """Raises UserError if there is no trained VAE, or none that can be used."""
+        path = self._vae_path
+        checkpoints.load_document(path, self._had_again_by(path, self._made_by("train-vae", path)))
+
     def new_vae(self) -> HierarchicalVAE:
         """The VAE before training."""
         experiment = self.recipe.experiment

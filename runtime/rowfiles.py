@@ -32,17 +32,19 @@ class RowFile:
     document: Metadata
 
 
+def spans(folder: Path) -> list[tuple[Path, range]]:
+    """The files of a folder and the rows that each holds, in their order, by their names alone."""
+    named = ((path, _NAME.fullmatch(path.name)) for path in sorted(folder.glob("rows-*.safetensors")))
+    return [(path, range(int(name[1]), int(name[2]))) for path, name in named if name]
+
+
 def stored(folder: Path, made_by: str) -> list[RowFile]:
     """The files of a folder in the order of their rows, by their headers alone.
 
     Raises:
         UserError: a file is corrupt.
     """
-    found = []
-    for path in sorted(folder.glob("rows-*.safetensors")):
-        if name := _NAME.fullmatch(path.name):
-            found.append(RowFile(path, range(int(name[1]), int(name[2])), checkpoints.load_document(path, made_by)))
-    return found
+    return [RowFile(path, rows, checkpoints.load_document(path, made_by)) for path, rows in spans(folder)]
 
 
 def gaps(files: Sequence[RowFile], total: int) -> list[range]:

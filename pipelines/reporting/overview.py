@@ -13,6 +13,7 @@ from rich.table import Table
 from pipelines import report, results
 from pipelines.config import Config, Experiment, plain
 from pipelines.workspace import Workspace
+from runtime import rowfiles
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def _planned(path: Path, experiment: Experiment) -> tuple[float | None, str]:
 def _missing(workspace: Workspace, name: str, experiment: Experiment) -> list[str]:
     places = [place for place in (name, experiment.trained_in) if place is not None]
     vae_seeds = experiment.seeds if experiment.vae_seed is None else [experiment.vae_seed]
+    groups = sum(getattr(experiment.model, "groups_per_scale", [1]))
     draws = [(prior, sampler) for prior, options in experiment.priors.items() for sampler in options.samplers]
 
     def trained(*paths: Any) -> bool:
@@ -82,12 +84,13 @@ def _missing(workspace: Workspace, name: str, experiment: Experiment) -> list[st
         "fetch": workspace.prepared(experiment.dataset).exists(),
         "train-vae": all(trained(*(workspace.vae(place, seed) for place in places)) for seed in vae_seeds),
         "train-prior": all(
-            trained(*(workspace.prior(place, prior, seed, 0) for place in places))
+            trained(*(workspace.prior(place, prior, seed, k) for place in places))
             for prior in experiment.priors
             for seed in experiment.seeds
+            for k in range(groups)
         ),
         "sample": all(
-            any(workspace.samples(name, *draw, seed).glob("rows-*.safetensors"))
+            sum(len(rows) for _, rows in rowfiles.spans(workspace.samples(name, *draw, seed))) >= experiment.sample.images
             for draw in draws
             for seed in experiment.seeds
         ),

@@ -217,6 +217,28 @@ def test_what_is_listed_and_shown_is_what_there_is(checkout, monkeypatch, capsys
     assert call(monkeypatch, capsys, "--version")[1].startswith("priorhole 0.")
 
 
+def test_a_stage_that_left_half_of_what_it_makes_is_missing(done, monkeypatch, capsys):
+    """One of its groups, or the last images of a draw, as when it was stopped."""
+
+    def missing():
+        return json.loads(call(monkeypatch, capsys, "show", "deep", "--json")[1])["missing"]
+
+    assert missing() == []
+    shutil.copytree(done / "artifacts", done / "whole")
+    (done / "artifacts" / "deep" / "priors" / "ncp" / "seed-1" / "k02.safetensors").unlink()
+    assert missing() == ["train-prior"]
+    shutil.copytree(done / "whole", done / "artifacts", dirs_exist_ok=True)
+    (drawn,) = (done / "artifacts" / "deep" / "samples" / "ncp+sir-20" / "seed-1").iterdir()
+    drawn.rename(drawn.with_name("rows-00000000-00000020.safetensors"))
+    assert missing() == ["sample"]
+
+
+def test_data_are_not_fetched_for_what_is_not_trained(checkout, monkeypatch, capsys):
+    line = refused(monkeypatch, capsys, "evaluate", "flat")
+    assert "is missing; make it with: priorhole train-vae flat" in line
+    assert not (checkout / "data").exists()
+
+
 def test_compare_exits_1_when_a_verdict_is_not_the_expected_one(checkout, monkeypatch, capsys):
     from pipelines import fingerprints
     from pipelines.stages import Pipeline
