@@ -1,10 +1,11 @@
 """Everything that is measured of one seed of one experiment, as rows of the results table."""
 
+import glob
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,7 +39,7 @@ from pipelines.work import opened
 from priors.protocol import Prior
 from priors.registry import SAMPLERS
 from runtime import checkpoints, hardware
-from runtime.blocks import in_blocks, join, mean_and_error_over_blocks
+from runtime.blocks import in_blocks, join, mean_and_error_over_blocks, partial_path
 from runtime.errors import UserError
 from runtime.files import exclusive
 from runtime.identity import Identity, revision, source_digest
@@ -206,12 +207,16 @@ class Evaluation:
         is measured in one go: the priors share the posterior samples, and a prior that is added costs itself alone.
         """
         self._deal_out()
-        missing = self._missing
-        if missing:
-            parts = {path: identity for path, identity, _ in map(partial(self._part, missing), self.stretches())}
-            join(self._joint, self._identity(missing), parts, self._batch)
-            self._in_blocks(self._joint, self._identity(missing), range(self._limit), missing)
+        for names in self._missing():
+            parts = [self._part(names, part) for part in self.stretches()]
+            if any(path.exists() for path, *_ in parts):  # several workers had begun
+                for path, identity, rows in parts:
+                    self._in_blocks(path, identity, rows, names)
+            join(self._joint, self._identity(names), {path: identity for path, identity, _ in parts}, self._batch)
+            self._in_blocks(self._joint, self._identity(names), range(self._limit), names)
             self._deal_out()
+        for left_over in self._parts():  # of other settings
+            left_over.unlink(missing_ok=True)
         found: dict[str, Tensor] = {}
         for name in self._priors:
             path = self._path(name)
@@ -222,16 +227,39 @@ class Evaluation:
 
     def measure(self, part: tuple[int, int]) -> None:
         """One of the :meth:`stretches` of what is missing, to a file of its own."""
-        missing = [] if self._joint.exists() else self._missing
-        if missing:
-            path, identity, rows = self._part(missing, part)
-            self._in_blocks(path, identity, rows, missing)
+        for names in [] if self._joint.exists() else self._missing():
+            path, identity, rows = self._part(names, part)
+            self._in_blocks(path, identity, rows, names)
 
-    @property
-    def _missing(self) -> list[str]:
-        """The priors whose numbers are not there."""
+    def _missing(self) -> list[list[str]]:
+        """The priors whose numbers are not there, by what is measured in one go.
+
+        A run that was stopped has begun some of them together, and goes on with those; what was added since is another go.
+        """
         names = self._priors
-        return [name for name in names if checkpoints.load_current(self._path(name), self._identity([name])) is None]
+        left = [name for name in names if checkpoints.load_current(self._path(name), self._identity([name])) is None]
+        found = []
+        for path in (partial_path(self._joint), *self._parts()):
+            begun = self._measured_in(path)
+            if begun and set(begun) <= set(left):
+                found.append(begun)
+                left = [name for name in left if name not in begun]
+        return [*found, left] if left else found
+
+    def _parts(self) -> list[Path]:
+        """Files of some examples, finished and unfinished, of whatever settings."""
+        return sorted(self._joint.parent.glob(f"{glob.escape(self._stem())}.*rows-*.safetensors"))
+
+    def _measured_in(self, path: Path) -> list[str]:
+        """The priors whose numbers, of today's settings and code, a file has of some examples."""
+        with suppress(UserError):  # it is absent, or broken
+            document = checkpoints.load_document(path, "")
+            names = [name for name in self._priors if name in document["config"].get("prior digests", {})]
+            identity = self._identity(names)
+            config = {key: value for key, value in document["config"].items() if key != "rows"}
+            if document["source"] == identity.source and identity.difference(config) is None:
+                return names
+        return []
 
     def _in_blocks(self, path: Path, identity: Identity, examples: range, names: Sequence[str]) -> None:
         """The numbers of some priors on some examples, to a file that is kept block by block."""
@@ -285,7 +313,8 @@ class Evaluation:
         start, stop = part
         identity = self._identity(names)
         identity = replace(identity, config=identity.config | {"rows": [start, stop]})
-        return self._joint.with_name(f"{self._stem()}.rows-{start:08d}-{stop:08d}.safetensors"), identity, range(start, stop)
+        name = f"{self._stem()}.{names[0]}.rows-{start:08d}-{stop:08d}.safetensors"  # no prior is in two goes
+        return self._joint.with_name(name), identity, range(start, stop)
 
     def _identity(self, names: Sequence[str]) -> Identity:
         """From what the numbers of some priors are made."""

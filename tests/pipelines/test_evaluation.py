@@ -4,18 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import tiny, write_params
 
 from metrics.likelihood import Pool
 from pipelines import evaluation
 from pipelines.evaluation import Evaluation, evaluation_task
 from pipelines.recipe import Recipe
 from pipelines.samples import Samples, chain_states
+from pipelines.stages import Pipeline
 from pipelines.stored import Stored
 from priors.langevin import Langevin, ResampledLangevin
 from priors.samplers import ESS_FLOOR
 from priors.sir import SIR
-from runtime import checkpoints, hardware
+from runtime import blocks, checkpoints, hardware
 from runtime.progress import silent
 
 POOL = 4096
@@ -56,9 +57,46 @@ def test_the_error_of_a_normaliser_that_all_examples_share_is_the_pools(done):
 
 def test_likelihoods_of_other_examples_are_not_taken_for_these(done, monkeypatch):
     measuring = Evaluation(Stored(recipe(done, "flat")), silent, None)
-    assert not measuring._missing
+    assert not measuring._missing()
     monkeypatch.setattr(measuring.stored.dataset, "digest", "of other examples")
-    assert measuring._missing == ["normal", "gmm", "ncp", "ncp-gmm"]
+    assert measuring._missing() == [["normal", "gmm", "ncp", "ncp-gmm"]]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["a part was finished", "a part was begun"])
+def test_what_was_measured_before_a_prior_was_added_is_not_measured_again(done, monkeypatch, whole):
+    made = recipe(done, "flat")
+    before = [row for row in evaluation_task(silent, made, None) if row.metric.startswith("loglik")]
+    for path in made.workspace.evaluation("flat").glob("likelihood-*-seed-0.safetensors"):
+        path.unlink()
+    stopped = Evaluation(Stored(made), silent, None)
+    if whole:
+        stopped.measure(stopped.stretches()[0])
+    else:
+
+        def stop(done, total, text):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(blocks, "SAVE_SECONDS", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            list(Evaluation(Stored(made), stop, None).rows())
+    params = tiny()
+    params["experiments"]["flat"]["priors"]["gmm3"] = params["experiments"]["flat"]["priors"]["gmm"] | {"components": 3}
+    write_params(done, params)
+    Pipeline(done).train_prior("flat")
+    Pipeline(done).sample("flat")
+    measured, measure = [], evaluation.log_likelihoods
+
+    def noted(model, priors, pools, x, rows, *more):
+        measured.append(([*priors], rows))
+        return measure(model, priors, pools, x, rows, *more)
+
+    monkeypatch.setattr(evaluation, "log_likelihoods", noted)
+    rows = list(evaluation_task(silent, Recipe(params, "flat", 0, done), None))
+    first, second = range(20), range(20, 30)
+    assert measured == [(["normal", "gmm", "ncp", "ncp-gmm"], second), (["gmm3"], first), (["gmm3"], second)]
+    after = [row for row in rows if row.metric.startswith("loglik") and row.prior != "gmm3"]
+    assert [row.value for row in after] == [row.value for row in before]
+    assert not list(made.workspace.evaluation("flat").glob("*rows-*"))
 
 
 def test_mmd_counts_the_rows_that_enter(done, monkeypatch):
