@@ -140,7 +140,7 @@ def test_a_chain_that_diverges_is_named_and_exits_2(done, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["priorhole", "sample", "flat", "--workers", "1"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()  # behind a note that what the settings before drew is kept
     assert stop.value.code == 2
     assert "flat: ncp by langevin, seed 0, images 0 to 19: z/k00 is not finite in 20 of 20" in line
     assert "step_size" in line
