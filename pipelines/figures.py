@@ -222,12 +222,22 @@ def _label(metric: str) -> str:
 
 
 def _label_points(axis: Axes, points: Iterable[tuple[float, float, str]]) -> None:
-    """Write a text beside each point (x, y, text), inside the axes and over no other text; none where there is no room."""
+    """Write a text beside each point (x, y, text), inside the axes and over no text, point or line; none without room."""
+    points = list(points)
     figure = axis.get_figure()
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()  # positions are known only after the layout
-    taken: list[Bbox] = []
-    places = [(4, 4), (4, -10), (-4, 4), (-4, -10), (4, 14), (4, -20), (-4, 14), (-4, -20), (4, 24), (4, -30)]
+    drawn = [axis.transData.transform([(x, y) for x, y, _ in points])] if points else []
+    for line in axis.get_lines():
+        ends = line.get_transform().transform(line.get_xydata())
+        steps = np.linspace(0, len(ends) - 1, 200 if len(ends) > 1 else 1)
+        drawn.append(np.stack([np.interp(steps, range(len(ends)), ends[:, side]) for side in (0, 1)], 1))
+    taken = (
+        [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in np.concatenate(drawn) if np.isfinite((x, y)).all()]
+        if drawn
+        else []
+    )
+    places = [(right, up) for up in (4, -10, 14, -20, 24, -30) for right in (4, -4)]
     for x, y, text in points:
         for right, up in places:
             side = "left" if right > 0 else "right"
@@ -235,7 +245,8 @@ def _label_points(axis: Axes, points: Iterable[tuple[float, float, str]]) -> Non
             written.set_path_effects([HALO])
             written.set_in_layout(False)
             box = written.get_window_extent().padded(2)
-            inside = axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1
+            inside = axis.bbox.containsx(box.x0) and axis.bbox.containsx(box.x1)
+            inside = inside and axis.bbox.containsy(box.y0) and axis.bbox.containsy(box.y1)
             if inside and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
