@@ -119,8 +119,9 @@ def run(tasks: Sequence[Task], machine: Machine, folder: Path) -> list[Any]:
 
 
 def at_once(machine: Machine) -> int:
-    """How many tasks run side by side on a machine; of a cluster the workers asked for. Raises UserError as :func:`run`."""
-    places = [] if machine.on_ray else _places(hardware.gpus(), machine)
+    """How many tasks run side by side on a machine: of a cluster, or with GPUs that are not here, as many as asked for."""
+    present = hardware.gpus()
+    places = [] if machine.on_ray or machine.gpus > len(present) else _places(present, machine)
     return min(machine.workers, len(places)) if places else machine.workers
 
 

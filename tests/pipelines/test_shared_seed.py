@@ -101,7 +101,7 @@ def test_places_of_workers(present, gpus, places):
 
 
 @pytest.mark.parametrize(
-    ("present", "gpus", "tasks"), [([], 0.0, 8), (["0"], 0.0, 1), (["0"], 0.25, 4), (["0", "1"], 0.0, 2)]
+    ("present", "gpus", "tasks"), [([], 0.0, 8), (["0"], 0.0, 1), (["0"], 0.25, 4), (["0", "1"], 0.0, 2), ([], 1.0, 8)]
 )
 def test_as_many_tasks_are_planned_side_by_side_as_have_a_place(monkeypatch, present, gpus, tasks):
     """Cores of a machine with one GPU do not make its work any faster."""
