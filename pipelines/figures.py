@@ -224,19 +224,17 @@ def _label(metric: str) -> str:
 def _label_points(axis: Axes, points: Iterable[tuple[float, float, str]]) -> None:
     """Write a text beside each point (x, y, text), inside the axes and over no text, point or line; none without room."""
     points = list(points)
+    if not points:
+        return
     figure = axis.get_figure()
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()  # positions are known only after the layout
-    drawn = [axis.transData.transform([(x, y) for x, y, _ in points])] if points else []
+    drawn = [axis.transData.transform([(x, y) for x, y, _ in points])]
     for line in axis.get_lines():
         ends = line.get_transform().transform(line.get_xydata())
         steps = np.linspace(0, len(ends) - 1, 200 if len(ends) > 1 else 1)
         drawn.append(np.stack([np.interp(steps, range(len(ends)), ends[:, side]) for side in (0, 1)], 1))
-    taken = (
-        [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in np.concatenate(drawn) if np.isfinite((x, y)).all()]
-        if drawn
-        else []
-    )
+    taken = [Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in np.concatenate(drawn) if np.isfinite((x, y)).all()]
     places = [(right, up) for up in (4, -10, 14, -20, 24, -30) for right in (4, -4)]
     for x, y, text in points:
         for right, up in places:

@@ -84,7 +84,7 @@ class Stored:
     def vae(self) -> HierarchicalVAE:
         """The trained VAE, frozen, in eval mode."""
         path = self._vae_path
-        assert self.vae_document  # of this configuration
+        _ = self.vae_document  # refused unless it is of this configuration
         tensors = checkpoints.load(path, self._had_again_by(path, self._made_by("train-vae", path)))[0]
         model = self.new_vae()
         checkpoints.restore(model, tensors, path)
@@ -120,7 +120,7 @@ class Stored:
     def _group(self, prior: str, k: int) -> GroupPrior:
         if (prior, k) not in self._groups:
             path = self._prior_file(prior, k)[0]
-            assert self.prior_document(prior, k)  # of this configuration
+            self.prior_document(prior, k)  # refused unless it is of this configuration
             tensors = checkpoints.load(path, self._had_again_by(path, self._made_by("train-prior", path, prior)))[0]
             group = self.new_group(prior, k)
             checkpoints.restore(group, tensors, path)

@@ -98,19 +98,16 @@ def save(path: Path, tensors: dict[str, Tensor], identity: Identity, **metadata:
 
 def describe(identity: Identity, content: str, **metadata: Any) -> dict[str, Any]:
     """The metadata document of a file: what it was made from and on, its content digest, and further JSON values."""
-    return (
-        {"device": hardware.device_name()}
-        | metadata
-        | {
-            "experiment": identity.experiment,
-            "seed": identity.seed,
-            "config": identity.config,
-            "source": identity.source,
-            "precision": identity.precision,
-            "digest": content,
-            "revision": revision(),
-        }
-    )
+    made_on = {"device": hardware.device_name()} | metadata  # a copy names its original's
+    return made_on | {
+        "experiment": identity.experiment,
+        "seed": identity.seed,
+        "config": identity.config,
+        "source": identity.source,
+        "precision": identity.precision,
+        "digest": content,
+        "revision": revision(),
+    }
 
 
 def _require_finite(path: Path, tensors: dict[str, Tensor]) -> None:

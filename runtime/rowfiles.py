@@ -116,8 +116,9 @@ def fill(
 
 def within(folder: Path, part: range | None) -> list[Path]:
     """The files of a folder that begin within a part of its rows; all, also what is named otherwise, if it is absent."""
-    paths = sorted(folder.glob("*.safetensors"))
-    return [path for path in paths if part is None or ((name := _NAME.fullmatch(path.name)) and int(name[1]) in part)]
+    if part is None:
+        return sorted(folder.glob("*.safetensors"))
+    return [path for path, rows in spans(folder) if rows.start in part]
 
 
 def _current(path: Path, identity: Identity) -> RowFile | None:
