@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
@@ -39,6 +39,7 @@ from pipelines.fanout import Machine, at_once
 from pipelines.recipe import Recipe
 from pipelines.samples import latent_rows, rows_per_file
 from pipelines.stored import Stored
+from pipelines.work import has_given_vae
 from priors.protocol import FittedPrior, GroupPrior, TrainedPrior
 from priors.registry import SAMPLERS
 from priors.sampling import draw
@@ -123,7 +124,7 @@ class Plan:
         lines.append(f"{'stage':12}{'tasks':>7}{'a task':>12}{'in all':>12}{'disk':>10}{'host':>10}{'device':>10}  from")
         for stage in self.stages:
             sizes = "".join(f"{_size(value):>10}" for value in (stage.disk, stage.host, stage.device))
-            times = f"{_time(stage.seconds / stage.tasks):>12}{_time(stage.seconds):>12}"
+            times = f"{_time(stage.seconds / max(1, stage.tasks)):>12}{_time(stage.seconds):>12}"
             lines.append(f"{stage.stage:12}{stage.tasks:>7}{times}{sizes}  {'; '.join(dict.fromkeys(stage.basis))}")
         lines.append(f"in all {self.hours:.3g} {self.unit}-hours, {self.days:.3g} days with {self.workers} workers, "
                      f"{_size(self.disk)} on the disk")  # fmt: skip
@@ -283,7 +284,8 @@ class _Measuring:
         self.parameters = 4 * sum(p.numel() for p in self.stored.vae.parameters())
         self._base = psutil.Process().memory_info().rss
         self._shape = spec(self.experiment.dataset).shape
-        self._seeds = len(self.experiment.seeds)
+        self._recipes = [replace(recipe, seed=seed) for seed in self.experiment.seeds]
+        self._seeds = len(self._recipes)
         self._slopes: dict[Any, tuple[float, float]] = {}
 
     def _stage(self, name: str, tasks: int, seconds: float, disk: int, memory: float, basis: Sequence[str]) -> StagePlan:
@@ -322,11 +324,15 @@ class _Measuring:
             if few < batch and seconds < 3 * SECONDS:
                 few, seconds = batch, self._step(batch)
             basis = basis if few == batch else f"steps of {few} examples, scaled to {batch}"
-        tasks = len({self.experiment.vae_seed}) if self.experiment.vae_seed is not None else self._seeds
+        vaes = {recipe.vae_seed: recipe for recipe in self._recipes}
+        tasks = sum(not has_given_vae(recipe) for recipe in vaes.values())
         copies = 4 + bool(options.ema)
         memory, disk = copies * self.parameters + saved, tasks * self.parameters
         self.seconds_per_flop = seconds / max(flop, 1)
         self.saved_per_example = saved / batch
+        if not tasks:
+            shared = self.experiment.trained_in
+            basis, memory = "imported" if shared is None else f"that of {shared}", 0
         return self._stage("train-vae", tasks, tasks * options.steps * seconds, disk, memory, [basis])
 
     def _step(self, batch: int) -> float:
@@ -352,22 +358,35 @@ class _Measuring:
 
     def train_prior(self) -> StagePlan:
         """Stage 2: every prior of every seed, its groups in as many shards as there are."""
-        seconds, disk, largest, kept, basis = 0.0, 0, 0, 0, list[str]()
+        seconds, disk, largest, kept, basis, shared, trained = 0.0, 0, 0, 0, list[str](), list[str](), 0
         for name, options in self.experiment.priors.items():
+            seeds = sum(not self._shares(recipe, name) for recipe in self._recipes)
+            if not seeds:
+                shared.append(name)
+                continue
             groups = [self.stored.new_group(name, k) for k in range(self.groups)]
             size = 4 * sum(p.numel() for group in groups for p in group.parameters())
-            disk, largest = disk + size, max(largest, size)
+            trained, disk, largest = trained + seeds, disk + seeds * size, max(largest, size)
             if isinstance(options, TrainedPrior.Options):
                 steps = self._steps_made(name, options)
                 encoding, features = self._first_sight(options, steps)
-                seconds, kept = seconds + self._prior_step(name, options, basis) * steps + encoding, max(kept, features)
+                step = self._prior_step(name, options, basis)
+                seconds, kept = seconds + seeds * (step * steps + encoding), max(kept, features)
             elif isinstance(options, FittedPrior.Options):
-                seconds += self._fit(options, groups[0], basis)
+                seconds += seeds * self._fit(options, groups[0], basis)
+        if shared:
+            basis.append(f"{', '.join(shared)}: of {self.experiment.trained_in}")
         shards = min(self.groups, self.machine.shards)
-        tasks = self._seeds * len(self.experiment.priors) * shards
         batch = max([getattr(options, "batch", 1) for options in self.experiment.priors.values()], default=1)
         memory = self.parameters + 4 * largest / shards + batch * self.saved_per_example + kept
-        return self._stage("train-prior", tasks, self._seeds * seconds, self._seeds * disk, memory, basis)
+        return self._stage("train-prior", trained * shards, seconds, disk, memory, basis)
+
+    def _shares(self, recipe: Recipe, prior: str) -> bool:
+        """Whether all groups of a prior are another experiment's, which stage 2 leaves as they are."""
+        with suppress(UserError):  # whose VAE is missing, and whose priors are therefore another's
+            stored = Stored(recipe)
+            return all(stored.shares_group(prior, k) for k in range(self.groups))
+        return False
 
     def _steps_made(self, name: str, options: TrainedPrior.Options) -> float:
         """How many it took, of a trained or published prior, or as the results say; else as many as it may take."""

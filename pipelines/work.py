@@ -32,6 +32,11 @@ def fetch_task(report: Report, name: str, workspace: Workspace, workers: int) ->
         data.fetch(name, workspace.prepared(name), workspace.raw, report, workers)
 
 
+def has_given_vae(recipe: Recipe) -> bool:
+    """Whether stage 1 takes this VAE as it is: imported, or of the experiment that this one is trained in."""
+    return bool(imported(recipe.workspace.vae(recipe.name, recipe.vae_seed))) or Stored(recipe).shares_vae()
+
+
 def vae_task(report: Report, recipe: Recipe) -> dict[str, Any]:
     """Stage 1 for one seed: train the VAE, or find it trained or imported. Returns the checkpoint's metadata.
 
@@ -41,7 +46,7 @@ def vae_task(report: Report, recipe: Recipe) -> dict[str, Any]:
     writes = parallel.rank() == 0
     with exclusive(workspace.locks, f"{name}/vae/seed-{seed}") if writes else nullcontext():
         path, options = workspace.vae(name, seed), recipe.experiment.train
-        if imported(path) or stored.shares_vae():  # by whatever code: nothing here could make it anew, or is asked to
+        if has_given_vae(recipe):  # by whatever code: nothing here could make it anew, or is asked to
             return stored.vae_document
         if writes:
             keep_outdated(workspace, dict.fromkeys((path, partial_path(path)), stored.identities.vae()))

@@ -109,6 +109,7 @@ def test_an_imported_vae_is_the_files_and_the_stages_after_it_run(experiment, mo
     written = os.stat(path).st_mtime_ns
     pipeline.train_vae("images")  # has nothing to do
     assert os.stat(path).st_mtime_ns == written
+    assert {stage.stage: stage.tasks for stage in pipeline.plan("images").stages}["train-vae"] == 0
     pipeline.train_prior("images")
     pipeline.sample("images")
     write_checkpoint(experiment / "other.pt", batch_size=7)

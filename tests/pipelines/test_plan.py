@@ -97,6 +97,23 @@ def test_a_trained_prior_or_the_results_say_how_many_steps_it_took(done, unit):
     assert at_most.seconds / known.seconds == pytest.approx(9_000 / 30)
 
 
+def test_what_another_experiment_shares_is_not_planned_for(done, unit):
+    params = tiny()
+    flat = params["experiments"]["flat"]
+    own = {name: flat["priors"][name] for name in ("normal", "ncp")}
+    own["gmm3"] = flat["priors"]["gmm"] | {"components": 3}
+    params["experiments"]["other"] = flat | {"trained_in": "flat", "priors": own}
+    write_params(done, params)
+
+    def tasks():
+        stages = {stage.stage: stage for stage in Pipeline(done).plan("other").stages}
+        return [(stages[name].tasks, stages[name].seconds > 0) for name in ("train-vae", "train-prior")]
+
+    assert tasks() == [(0, False), (len(flat["seeds"]), True)]
+    (done / "artifacts" / "flat").rename(done / "gone")
+    assert tasks() == [(len(flat["seeds"]), True), (len(own) * len(flat["seeds"]), True)]
+
+
 @pytest.mark.parametrize(("workers", "walls"), [(1, 20.0), (2, 10.0), (8, 5.0)])
 def test_days_are_those_of_the_workers_there_are_tasks_for(workers, walls):
     stage = planning.StagePlan("sample", 4, 20.0, 0, 0, 0, [])
