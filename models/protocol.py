@@ -93,6 +93,9 @@ class HierarchicalVAE(nn.Module, ABC):
         """Further terms of the loss for a batch (batch, *data shape): scalars, by name."""
         return {}
 
+    def settle(self) -> None:
+        """Make what is kept of the weights, and follows from them, anew: moving averages have taken their place."""
+
     @torch.no_grad()
     def layout(self) -> list[Group]:
         """Every group with its shapes."""

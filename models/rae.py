@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 from models.conv_vae import FlatConvolutional
 from models.distributions import Distribution, Point
@@ -26,6 +27,9 @@ STD = math.sqrt(0.5)
 """Of the decoder, with which −log p(x | z) is the squared error and a constant."""
 
 KERNELS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+SETTLING = 100
+"""Power iterations after which a kernel's largest singular value is known to float32's last digits, or nearly."""
 
 
 class RAE(FlatConvolutional):
@@ -56,6 +60,17 @@ class RAE(FlatConvolutional):
     def divergence(self, k: int, context: Tensor, posterior: Distribution, z: Tensor) -> Tensor:  # noqa: ARG002
         """b ½ |z|², in place of a KL, (batch,)."""
         return 0.5 * self.code_penalty * posterior.mean.square().sum(1)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Find the kernels' singular vectors anew: those that were averaged have norms under 1, and scale kernels up."""
+        normalised = [layer for layer in self.modules() if isinstance(layer, KERNELS) and is_parametrized(layer)]
+        for layer in normalised:
+            mode = layer.training
+            layer.train()
+            for _ in range(SETTLING):
+                layer.weight  # noqa: B018  in training, to read it takes a step of power iteration
+            layer.train(mode)
 
     def penalties(self, x: Tensor) -> dict[str, Tensor]:
         """λ R, where it is a term of the loss."""

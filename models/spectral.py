@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm  # of every kind: processes that share a batch have one of their own
 
 from models.layers import NormalisedConv2d
 from runtime.randomness import generator
@@ -68,5 +69,5 @@ def _unit(vectors: Tensor) -> Tensor:
 
 def batch_norm_scales(network: nn.Module) -> Tensor:
     """Σ over the batch norms of a network of the largest |scale|, a scalar; 0 where there are none."""
-    scales = [layer.weight.abs().max() for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    scales = [layer.weight.abs().max() for layer in network.modules() if isinstance(layer, _BatchNorm)]
     return torch.stack(scales).sum() if scales else next(network.parameters()).new_zeros(())

@@ -34,7 +34,7 @@ class TrainOptions(Options):
     """Settings of stage 1. Learning rate: linear warm-up, then a cosine from ``learning_rate`` to a hundredth of it.
 
     ``restarts``: maps the steps at which warm-up and cosine begin anew to the rate they then rise to (SGDR, Loshchilov and
-    Hutter 2017); a cycle goes on from the averaged weights of the one before, with a fresh optimiser. ``kl_warmup``:
+    Hutter 2017); a cycle goes on from the (averaged) weights of the one before, with a fresh optimiser. ``kl_warmup``:
     fraction of the first cycle's steps over which the KL's weight grows from 0 to 1, after ``kl_delay`` of them; it is never
     under ``kl_floor`` (NVAE as released has 1e-4 of both). ``kl_balance``: while it grows, weigh the groups so that none
     collapses (NVAE). ``spectral``: weight of the spectral norms and of the batch norms' scales in the loss (NVAE's λ),
@@ -146,7 +146,9 @@ def balance(divergences: Sequence[Tensor], layout: Sequence[Group]) -> Tensor:
 def kl_weight(options: TrainOptions, step: int) -> float:
     """The KL's weight in the loss at a step."""
     steps = len(options.cycles()[0][0])
-    return max(min(1.0, (step - options.kl_delay * steps) / max(1, round(options.kl_warmup * steps))), options.kl_floor)
+    passed, growing = step - options.kl_delay * steps, round(options.kl_warmup * steps)
+    grown = passed / growing if growing else float(passed >= 0)
+    return max(min(1.0, grown), options.kl_floor)
 
 
 def spectral_weight(options: TrainOptions, kl_weight: float) -> float:
@@ -220,7 +222,17 @@ def train_vae(
     if options.sync_batch_norm:
         parallel.synchronise_batch_norms(model)
     trainee = Trainee(
-        "vae", model, optimizer, options.rate, path, identity, options.clip, options.ema, loss.norms, options.restarts
+        "vae",
+        model,
+        optimizer,
+        options.rate,
+        path,
+        identity,
+        options.clip,
+        options.ema or None,
+        loss.norms,
+        options.restarts,
+        settle=model.settle,
     )
     seed, parts = identity.seed, options.parts(parallel.size(), parallel.rank())
     model.train()

@@ -18,6 +18,7 @@ from pipelines.results import AGGREGATE, BASELINE, DATA
 from pipelines.samples import Pixels
 from priors.protocol import GroupPrior
 from priors.registry import PRIORS, SAMPLERS
+from priors.samplers import Sampler
 from priors.sampling import Decoding
 from runtime.errors import UserError
 from runtime.options import Options, unless
@@ -283,7 +284,13 @@ class Experiment(Options):
                 why = f"{prior.method} has no ratio to correct its base by; draw it by ancestral"
             if why is not None:
                 raise ValueError(f"priors.{name}.samplers: {sampler!r} does not fit: {why}")
-        if self.sample.temperature != 1 and PRIORS[prior.method].base is not GroupPrior.base:
+            if self.sample.readjust and type(by).top_down is not Sampler.top_down:
+                raise ValueError(
+                    f"sample.readjust: {sampler!r} goes down the model at every step, so that statistics would be of its "
+                    "chains' ways, not of samples; leave readjust out, or use sir or langevin"
+                )
+        own = PRIORS[prior.method].base is not GroupPrior.base or PRIORS[prior.method].on_proposal
+        if self.sample.temperature != 1 and own:
             raise ValueError(f"sample.temperature: {name!r} brings a density of its own, which has no temperature")
 
 

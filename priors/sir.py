@@ -87,6 +87,7 @@ class SIR(Sampler):
                 unfinished = unfinished[~over[unfinished]]
                 if not len(unfinished):
                     break
+        race.kept[~race.best.isfinite()] = math.nan  # a weight that is none stops a race: its winner so far is no draw
         return GroupDraw(race.kept, race.ess / race.proposals, race.proposals, torch.ones_like(race.proposals))
 
 

@@ -5,7 +5,7 @@ each group's draws have a stream of their own. So a group learns the same whethe
 others, or with all of them, and the VAE is run once per step however many groups there are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -161,13 +161,18 @@ def _train(below: Prior, slots: Sequence[Slot], options: TrainedPrior.Options, d
 
     batches = TrainingBatches(below.model, dataset, options.batch, seed)
 
-    def losses(step: int, active: Sequence[Trainee]) -> list[Terms]:
+    def losses(step: int, active: Sequence[Trainee]) -> Iterator[Terms]:
         with autocast(options.precision, device.type):
             found = pairs(below, batches.of(step), seed, "prior", step, last)
-            return [_loss(slot_of[trainee.name], found, step) for trainee in active]
+        for trainee in active:  # each one's graph is gone before the next one's is made
+            with autocast(options.precision, device.type):
+                terms = _loss(slot_of[trainee.name], found, step)
+            yield terms
+            del terms
 
     validation = dataset.examples("validation", slice(options.held_out))
 
+    @torch.no_grad()
     def held_out(active: Sequence[Trainee]) -> list[float]:
         """The loss on validation examples, with the same draws at every check."""
         totals = [0.0] * len(active)

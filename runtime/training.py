@@ -8,7 +8,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -110,9 +110,11 @@ class Trainee:
         clip: largest gradient norm, or None.
         ema: decay of the weights' exponential moving average, which is what is saved in the end; None for none.
         companion: holds what the loss carries from step to step; kept while training, no part of the result.
-        restarts: after so many steps, the averaged weights take the place of the weights and the optimiser starts afresh.
+        restarts: after so many steps, the averaged weights (if any) take the place of the weights and the optimiser starts
+            afresh.
         plateau: cuts the rate, and ends the training, by held-out losses; None leaves both to ``rate`` and the budget.
         keep_best: whether the state with the best held-out loss is what is saved in the end, in place of the last.
+        settle: called when averaged weights have taken the place of the module's, to mend what is no mean of its kind.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Trainee:
     restarts: Collection[int] = ()
     plateau: Plateau | None = None
     keep_best: bool = False
+    settle: Callable[[], None] | None = None
     step: int = 0
     seconds: float = 0.0
     history: list[list[float]] = field(default_factory=list)  # [step, loss]
@@ -211,8 +214,7 @@ class Trainee:
             raise NonFiniteLossError(
                 f"{self.name}: the held-out loss is not finite at step {self.step}; lower the learning rate in params.yaml"
             )
-        if self.average is not None:
-            self.module.load_state_dict(self.average.module.state_dict())
+        self._take_average()
         if self.best:
             self.module.load_state_dict(self.best)
         self.module.eval()
@@ -248,10 +250,15 @@ class Trainee:
             self.average.update_parameters(self.module)
         self.step += 1
         if self.step in self.restarts:
-            assert self.average is not None
-            self.module.load_state_dict(self.average.module.state_dict())
+            self._take_average()
             self.optimizer.state.clear()
         return loss.detach()
+
+    def _take_average(self) -> None:
+        if self.average is not None:
+            self.module.load_state_dict(self.average.module.state_dict())
+            if self.settle is not None:
+                self.settle()
 
     def noted(self, loss: float, terms: Terms, steps: int) -> None:
         """Take note of the last step's loss, of ``steps`` in all. Raises NonFiniteLossError, naming the term that broke."""
@@ -371,7 +378,7 @@ def _curves(active: Sequence[Trainee], values: Sequence[float]) -> Curves:
 def train(
     trainees: Sequence[Trainee],
     steps: int,
-    losses: Callable[[int, Sequence[Trainee]], Sequence[Terms]],
+    losses: Callable[[int, Sequence[Trainee]], Iterable[Terms]],
     report: Report = silent,
     held_out: Callable[[Sequence[Trainee]], Sequence[float]] | None = None,
     checks: int = 0,
@@ -381,8 +388,9 @@ def train(
     Args:
         trainees: resumed by this call; finished ones are skipped, and :meth:`Trainee.finish` is left to the caller.
         steps: number of optimiser steps of each.
-        losses: maps (step, the trainees that take this step) to their loss terms, in their order. Its draws must depend
-            on the step alone, so that a resumed run repeats the undisturbed one.
+        losses: maps (step, the trainees that take this step) to their loss terms, in their order, each of which is done
+            with before the next is asked for. Its draws must depend on the step alone, so that a resumed run repeats the
+            undisturbed one.
         report: told of the progress.
         held_out: maps the trainees to their losses on held-out examples; called ``checks`` times, evenly, the last time
             after the last step.
@@ -406,8 +414,10 @@ def train(
             started = time.monotonic()
             for trainee in active:
                 trainee.optimizer.zero_grad(set_to_none=True)
-            terms = losses(step, active)
-            made = [trainee.update(own) for trainee, own in zip(active, terms, strict=True)]
+            terms, made = [], []
+            for trainee, own in zip(active, losses(step, active), strict=True):
+                made.append(trainee.update(own))
+                terms.append({name: term.detach() for name, term in own.items()})  # so that its graph is let go
             values = parallel.mean(torch.stack(made)).tolist()  # the one time in a step that a device is waited for
             shared = (time.monotonic() - started) / len(active)
             for trainee, own, value in zip(active, terms, values, strict=True):

@@ -10,8 +10,11 @@ from torch import nn
 from models.conv_vae import ConvVAE
 from models.rae import RAE
 from models.trainer import evidence
+from runtime import training
 from runtime.errors import UserError
+from runtime.identity import Identity
 from runtime.randomness import Noise, initialising
+from runtime.training import Trainee
 
 NOISE = [Noise(0, "test")]
 WIDTHS = [128, 256, 512, 1024]
@@ -102,6 +105,33 @@ def test_spectral_norms_of_both_networks_come_to_one():
     assert len(layers) == 4
     for layer in layers:
         assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.02)
+
+
+def test_spectral_norms_are_one_of_averaged_weights_too(tmp_path):
+    model = small(RAE, code_penalty=0.1, regulariser="spectral-norm").double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    trainee = Trainee("vae", model, optimizer, lambda _: 0.05, tmp_path / "vae.safetensors", Identity("toy", 0), ema=0.99)
+    trainee.settle, draws = model.settle, torch.Generator().manual_seed(0)
+
+    def losses(step, active):
+        x = torch.rand(4, 3, 16, 16, generator=draws, dtype=torch.float64)
+        for parameter in model.parameters():  # so that singular vectors turn
+            noise = torch.randn(parameter.shape, generator=draws, dtype=torch.float64)
+            parameter.data += 0.2 * parameter.detach().abs().mean() * noise
+        return [{"square": model.decode(model.encode(x)[0]).mean.sub(x).square().sum()}]
+
+    training.train([trainee], 40, losses)
+    averaged = [value for name, value in trainee.average.module.named_buffers() if name.endswith((".0._u", ".0._v"))]
+    assert min(value.norm().item() for value in averaged) < 0.99  # which is what is to be mended
+    trainee.finish()
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
+    assert len(layers) == 6
+    for layer in layers:
+        unit = layer.parametrizations.weight[0]
+        assert unit._u.norm().item() == pytest.approx(1) == unit._v.norm().item()
+        axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+        matrix = layer.weight.detach().movedim(axis, 0).flatten(1)
+        assert torch.linalg.matrix_norm(matrix, 2).item() == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", [ConvVAE, RAE])

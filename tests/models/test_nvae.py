@@ -10,7 +10,7 @@ from models.layers import NormalisedConv2d
 from models.nvae import NVAE
 from models.nvae_flow import MaskedConv2d, ShiftedNormal, flow
 from models.spectral import SpectralNorms, batch_norm_scales, filters
-from models.trainer import OPTIMIZERS, TrainOptions, evidence, spectral_weight
+from models.trainer import OPTIMIZERS, TrainOptions, evidence, kl_weight, spectral_weight
 from runtime.identity import ROOT
 from runtime.randomness import Noise
 
@@ -54,6 +54,20 @@ def test_the_papers_models_train_at_reduced_width(name):
     assert torch.isfinite(loss)
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
     assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_scales_of_batch_norms_count_whatever_processes_make_of_them():
+    model = NVAE(NVAE.Options(groups_per_scale=[2], latent_channels=1, width=4, halvings=1, cells=1), (1, 8, 8))
+    alone = batch_norm_scales(model)
+    assert alone > 0
+    assert torch.equal(batch_norm_scales(torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)), alone)
+
+
+def test_no_warm_up_is_the_whole_kl_from_the_first_step():
+    options = {"steps": 10, "batch": 2, "learning_rate": 1e-3}
+    assert [kl_weight(TrainOptions(**options, kl_warmup=0), step) for step in range(3)] == [1, 1, 1]
+    assert [kl_weight(TrainOptions(**options, kl_warmup=0, kl_delay=0.2), step) for step in range(4)] == [0, 0, 1, 1]
+    assert [kl_weight(TrainOptions(**options, kl_warmup=0.2), step) for step in range(4)] == [0, 0.5, 1, 1]
 
 
 def test_a_new_model_starts_at_its_prior():

@@ -379,6 +379,22 @@ def test_an_experiment_is_trained_in_one_that_trains_its_own():
     assert "is itself trained in" in said_of(params)
 
 
+def test_what_a_prior_or_a_sampler_would_pay_no_heed_to_is_refused():
+    params = tiny_beyond()
+    deep = params["experiments"]["deep"]
+    deep["sample"] = deep["sample"] | {"temperature": 0.7}
+    del deep["priors"]["evalp"]["groups"]
+    assert "sample.temperature: 'amortised' brings a density of its own" in said_of(params)
+    del deep["sample"]["temperature"]
+    deep["sample"]["readjust"] = 1
+    validate(params)
+    deep["samplers"] = deep["samplers"] | {"joint": {"method": "joint-langevin", "steps": 1, "step_size": 0.01}}
+    deep["priors"]["ncp"] = deep["priors"]["ncp"] | {"samplers": ["joint"]}
+    assert "sample.readjust: 'joint' goes down the model at every step" in said_of(params)
+    deep["sample"]["readjust"] = 0
+    validate(params)
+
+
 UNBUILDABLE = {
     "a group that the model has not": ((*DEEP, "priors", "evalp", "groups"), [0, 3], "priors.evalp.groups: 3 is too many"),
     "a mixture of more latents than codes": (

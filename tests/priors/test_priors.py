@@ -368,6 +368,18 @@ def test_a_model_takes_its_evidence_in_float32_under_autocast(model):
     assert_finer_than_bf16(terms)
 
 
+def test_held_out_losses_keep_no_graph(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        NoiseContrastivePrior,
+        "held_out_loss",
+        lambda self, pair, step: (seen.append(torch.is_grad_enabled()), self.loss(pair, step))[1],
+    )
+    learned("ncp", frozen("hierarchical"), tmp_path)
+    assert seen
+    assert not any(seen)
+
+
 class Shown(Dataset):
     """Ten images of 8 x 8 levels, shown as they are or mirrored."""
 

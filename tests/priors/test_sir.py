@@ -49,6 +49,17 @@ def test_sir_draws_the_same_whatever_the_batch(proposals):
     assert torch.allclose(whole.ess[20:30], part.ess)
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("until_ess", [None, 2.0])
+def test_a_weight_that_is_none_is_seen_in_the_draw(broken, until_ess):
+    def log_q(z):
+        return two_modes(z).where(z < 2, torch.tensor(broken))
+
+    drawn = draw(SIR(SIR.Options(proposals=200, until_ess=until_ess)), Known(log_q), range(50)).z
+    assert drawn.isnan().any()
+    assert not (drawn >= 2).any()
+
+
 @pytest.mark.parametrize("proposals", [2, 7, 250])
 def test_sir_over_a_discrete_set_has_the_frequencies_of_exact_enumeration(proposals):
     """Of M proposals of a ratio that takes two values, K ~ Bin(M, 1/2) are better; K r / (K r + M - K) keep one."""

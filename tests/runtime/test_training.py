@@ -164,6 +164,36 @@ def test_a_cycle_goes_on_from_the_averaged_weights_with_a_fresh_optimiser(tmp_pa
         assert torch.equal(tensor, first.average.module.state_dict()[name])
 
 
+def test_without_averages_a_cycle_goes_on_from_the_last_weights(tmp_path):
+    first, cycled = make(tmp_path, "first", None), make(tmp_path, "cycled", None)
+    cycled.restarts = (30,)
+    train([first], 30, losses)
+    train([cycled], 30, losses)
+    assert not cycled.optimizer.state
+    for name, tensor in cycled.module.state_dict().items():
+        assert torch.equal(tensor, first.module.state_dict()[name])
+
+
+def test_a_module_settles_wherever_averages_take_its_weights_place(tmp_path):
+    trainee, calls = make(tmp_path, "one"), []
+    trainee.restarts, trainee.settle = (10, 20), lambda: calls.append(trainee.step)
+    train([trainee], 30, losses)
+    trainee.finish()
+    assert calls == [10, 20, 30]
+
+
+def test_each_loss_is_done_with_before_the_next_is_made(tmp_path):
+    first, second = make(tmp_path, "first"), make(tmp_path, "second")
+
+    def one_by_one(step, active):
+        for place, trainee in enumerate(active):
+            assert [one.step for one in active] == [step + 1] * place + [step] * (len(active) - place)
+            yield losses(step, [trainee])[0]
+
+    train([first, second], 5, one_by_one)
+    assert (first.step, second.step) == (5, 5)
+
+
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("keep_best", [True, False])
 def test_a_held_out_loss_that_is_not_finite_is_never_the_best(tmp_path, broken, keep_best):
