@@ -196,6 +196,15 @@ def test_an_error_that_one_seed_does_not_know_is_not_taken_for_none():
     assert results.over_seeds(table(*timed)).interval.item() == pytest.approx(12.7062 / 2, rel=1e-4)
 
 
+def test_a_time_is_of_one_device_and_precision():
+    """Those that most seeds have; what is no time is a mean over all of them."""
+    ran = [("fp32", "cpu", 0.3), ("bf16", "cpu", 0.06), ("fp32", "cpu", 0.5), ("fp32", "cuda", 0.01)]
+    rows = [{"seed": i, "precision": how, "device": on, "value": value} for i, (how, on, value) in enumerate(ran)]
+    time = results.over_seeds(table(*({"metric": "seconds-per-image", "sampler": "sir-5"} | row for row in rows)))
+    assert (time.value.item(), time.seeds.item()) == (pytest.approx(0.4), 2)
+    assert results.over_seeds(table(*rows)).value.item() == pytest.approx(sum(value for *_, value in ran) / 4)
+
+
 def drawn(values, stderr):
     return [
         {"metric": "fid-mnist-500", "sampler": "sir-5", "seed": seed, "value": value, "stderr": stderr}
