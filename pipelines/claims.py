@@ -513,7 +513,8 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
         if count > EXACT:
             freedom = count - 2
             quantile = stdtrit(freedom, 1 - SIGNIFICANCE / 2)
-            p = 2 * stdtr(freedom, -np.abs(rho) * np.sqrt(freedom / (1 - rho**2)))
+            t = abs(rho) * np.sqrt(np.divide(freedom, 1 - rho**2))  # infinite where the correlation is perfect
+            p = 2 * stdtr(freedom, -t)
             return rho, float(p), float(quantile / math.sqrt(freedom + quantile**2))
     away, spread = x - x.mean(), x.std() * y.std() * count
 

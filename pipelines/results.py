@@ -326,8 +326,9 @@ def difference(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float]
 
     Args:
         first, second: rows of one KEYS each, one row a seed. Where both have the same seeds, the difference is taken seed by
-            seed: what a seed does to both of them cancels.
+            seed: what a seed does to both of them cancels. Times are of one device and precision, as in :func:`over_seeds`.
     """
+    first, second = (_timed_alike(rows) if metric(rows.metric.iloc[0]).unit == "s" else rows for rows in (first, second))
     both = first.merge(second, on="seed", suffixes=("", "_second"), validate="one_to_one")
     if len(both) == len(first) == len(second):
         apart, errors = both.value - both.value_second, both.stderr.combine(both.stderr_second, math.hypot)

@@ -208,8 +208,14 @@ def test_the_significance_of_many_groups_is_spearmans():
     losses, shares = range(1, 11), (3, 1, 2, 6, 4, 5, 10, 7, 8, 9)
     (found,) = verdict(claim(**CORRELATION), *scattered(losses, shares)).numbers
     assert f"Spearman, p = {spearmanr(losses, shares).pvalue:.1g}, 10 groups" in found.note
-    perfect = verdict(claim(**CORRELATION), *scattered(losses, losses)).numbers[0]
-    assert "Spearman, p < 0.001, 10 groups" in perfect.note
+
+
+@pytest.mark.parametrize("groups", [10, 15, 30])
+def test_a_perfect_correlation_of_many_groups_is_significant(groups):
+    losses = range(1, groups + 1)
+    for shares in (losses, losses[::-1]):  # of which rounding makes exactly 1, or not quite
+        perfect = verdict(claim(**CORRELATION), *scattered(losses, shares)).numbers[0]
+        assert f"Spearman, p < 0.001, {groups} groups" in perfect.note
 
 
 def test_a_correlation_with_what_is_not_finite_is_inconclusive():

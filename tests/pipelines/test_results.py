@@ -202,6 +202,9 @@ def test_a_time_is_of_one_device_and_precision():
     rows = [{"seed": i, "precision": how, "device": on, "value": value} for i, (how, on, value) in enumerate(ran)]
     time = results.over_seeds(table(*({"metric": "seconds-per-image", "sampler": "sir-5"} | row for row in rows)))
     assert (time.value.item(), time.seeds.item()) == (pytest.approx(0.4), 2)
+    timed, others = (table(*({"metric": "seconds-per-image", "sampler": name} | row for row in rows)) for name in "ab")
+    others["value"] = 1.0
+    assert results.difference(others, timed)[0] == pytest.approx(0.6)
     assert results.over_seeds(table(*rows)).value.item() == pytest.approx(sum(value for *_, value in ran) / 4)
 
 
