@@ -92,6 +92,7 @@ def remarks(frame: pd.DataFrame) -> Iterator[str]:
     truth = spec(str(frame.dataset.iloc[0])).truth
     if truth is not None:
         yield f"The truth's own expected log-likelihood, which no model exceeds, is {truth.ceiling:.3f} nats."
+    yield from _changed(frame)
     yield from _optimism(frame)
     yield from _unfinished(frame)
 
@@ -115,6 +116,15 @@ def seeds(frame: pd.DataFrame) -> str:
     if count == vaes:
         return f"{count} seeds, each with its own VAE" if count > 1 else "one seed"
     return f"{count} seeds on {vaes} VAE{'s' if vaes > 1 else ''}"
+
+
+def _changed(frame: pd.DataFrame) -> Iterator[str]:
+    """Which numbers another code or configuration made."""
+    for kind, by in (("configuration", "under another configuration"), ("code", "by earlier code")):
+        own = frame[frame.stale == kind]
+        if len(own):
+            of = ", ".join(sorted(own.prior.unique()))
+            yield f"{len(own)} of {len(frame)} numbers were measured {by} and are to be made anew; they are of {of}."
 
 
 def _optimism(frame: pd.DataFrame) -> Iterator[str]:
@@ -199,7 +209,7 @@ def _about_methods(frame: pd.DataFrame) -> Iterator[str]:
 def headlines(frame: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
     """By experiment, prior (and sampler) and metric, the numbers to compare between revisions, at the largest S, N and M."""
     shown = results.headline(frame, largest_proposals=True)
-    shown = shown[shown.metric.str.fullmatch(HEADLINES) & shown.value.notna()]
+    shown = shown[shown.metric.str.fullmatch(HEADLINES) & shown.value.notna() & (shown.stale != "configuration")]
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in shown.to_dict("records"):
         whose = " by ".join(filter(None, (row["prior"], row["sampler"])))

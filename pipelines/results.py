@@ -299,7 +299,8 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per KEYS, with ``value``, ``interval`` (half-width), ``seeds``, ``vaes`` (how many VAEs they are of), ``n``,
-        ``features`` if the seeds agree, and ``conditional``.
+        ``features`` if the seeds agree, ``conditional``, and ``stale``: what :func:`stale_rows` says of any seed, where it
+        is a column of the table.
     """
     summaries = []
     for key, rows in table.groupby(KEYS, sort=True):
@@ -307,8 +308,11 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
         half_width = _half_width(own.value, own.stderr, _drawn(own))
         features = own.features.iloc[0] if own.features.nunique() == 1 else ""
         counts = len(own), own.vae_seed.nunique(), int(own.n.max())
-        summaries.append((*key, own.value.mean(skipna=False), half_width, *counts, features, conditional(own)))
-    found = pd.DataFrame(summaries, columns=[*KEYS, "value", "interval", "seeds", "vaes", "n", "features", "conditional"])
+        changed = set(own.get("stale", [""]))
+        stale = next((kind for kind in ("configuration", "code") if kind in changed), "")
+        summaries.append((*key, own.value.mean(skipna=False), half_width, *counts, features, conditional(own), stale))
+    columns = [*KEYS, "value", "interval", "seeds", "vaes", "n", "features", "conditional", "stale"]
+    found = pd.DataFrame(summaries, columns=columns)
     return found.astype({"conditional": bool})
 
 

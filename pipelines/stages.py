@@ -343,6 +343,7 @@ class Pipeline:
                 "which params.yaml does not name, and nothing else shows them; delete them there if they are of no use",
                 file=sys.stderr,
             )
+        table = table.assign(stale=self._stale(config)(table))
         verdicts = self._judge(config, judged, table)
         written = report.write(self.workspace, table, kept_rows, verdicts)
         bases = [name for name, experiment in config.experiments.items() if experiment.trained_in is None]

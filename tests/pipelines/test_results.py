@@ -196,6 +196,16 @@ def test_an_error_that_one_seed_does_not_know_is_not_taken_for_none():
     assert results.over_seeds(table(*timed)).interval.item() == pytest.approx(12.7062 / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "said"), [("code", "by earlier code"), ("configuration", "under another configuration")])
+def test_numbers_that_would_be_others_now_are_said_to_be(kind, said):
+    rows = [{"seed": seed, "prior": prior, "metric": "loglik"} for prior in ("gmm", "ncp") for seed in range(2)]
+    frame = results.over_seeds(table(*rows).assign(stale=["", "", kind, ""]))
+    sentence = f"1 of 2 numbers were measured {said} and are to be made anew; they are of ncp."
+    assert sentence in list(report.remarks(frame))
+    assert set(report.headlines(frame)["gaussians25"]) == ({"gmm"} if kind == "configuration" else {"gmm", "ncp"})
+    assert not any("anew" in remark for remark in report.remarks(results.over_seeds(table(*rows))))
+
+
 def test_a_time_is_of_one_device_and_precision():
     """Those that most seeds have; what is no time is a mean over all of them."""
     ran = [("fp32", "cpu", 0.3), ("bf16", "cpu", 0.06), ("fp32", "cpu", 0.5), ("fp32", "cuda", 0.01)]
@@ -397,7 +407,7 @@ def test_seeds_are_pooled_within_a_key_alone():
     assert len(summary) == 5
     assert sorted(summary.seeds) == [1, 1, 1, 1, 2]
     assert list(summary.columns) == [
-        *results.KEYS, "value", "interval", "seeds", "vaes", "n", "features", "conditional"
+        *results.KEYS, "value", "interval", "seeds", "vaes", "n", "features", "conditional", "stale"
     ]  # fmt: skip
 
 
