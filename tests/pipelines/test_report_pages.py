@@ -32,7 +32,8 @@ def written(tmp_path_factory):
     verdicts = claims.judge(claims.load(workspace.targets), table, stale)
     tables = published.load(workspace.tables)
     reader = published.Reader(table, stale)
-    page.Report(workspace, config, table, results.over_seeds(table), verdicts, tables, reader).write()
+    frame = results.over_seeds(table.assign(stale=stale(table)))
+    page.Report(workspace, config, table, frame, verdicts, tables, reader).write()
     return workspace.reports
 
 
